@@ -1,0 +1,90 @@
+"""A request in the scheduler: its configuration, its cache namespace, its layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pevlm_sglang.config import PevlmConfig
+from pevlm_sglang.frames import FrameSpanError, SpanRule
+from pevlm_sglang.layout import Layout
+from pevlm_sglang.observe import DISABLED, IMAGE_RUNS_OFF, NO_VIDEO, SHORT_VIDEO, RequestLayout
+
+NAMESPACE = "pevlm:"
+
+
+def on_created(req: Any, server_config: PevlmConfig) -> None:
+    """Resolve the request's configuration and give its KV a namespace.
+
+    The KV of a LOCAL token depends on the configuration, so a request must never hit a prefix that
+    was computed under another one. The tag goes in front of ``extra_key``: SGLang reads LoRA ids
+    from its end (sglang/srt/managers/schedule_batch.py).
+
+    Args:
+        req: SGLang's ``Req``, just constructed. A bad override is kept for :func:`on_queued`.
+    """
+    params = getattr(req.sampling_params, "custom_params", None)
+    req.pevlm_error = None
+    try:
+        req.pevlm_config = server_config.for_request(params)
+    except ValueError as error:
+        req.pevlm_config, req.pevlm_error = server_config, str(error)
+    namespace = req.pevlm_config.cache_namespace
+    if namespace is not None:
+        req.extra_key = f"{NAMESPACE}{namespace}|{req.extra_key or ''}"
+
+
+def on_queued(req: Any, rule: SpanRule) -> None:
+    """Lay out a request that is about to wait for prefill, or refuse it with HTTP 400.
+
+    The layout becomes an attribute of the request's ``MultimodalInputs``, which reach the forward
+    with the batch.
+    """
+    if req.to_finish is not None:
+        return  # refused already, for another reason
+    error = req.pevlm_error or _session_conflict(req)
+    if error is None and req.multimodal_inputs is not None:
+        try:
+            layout = lay_out(req.multimodal_inputs.mm_items, rule, req.pevlm_config)
+        except FrameSpanError as refusal:
+            error = str(refusal)
+        else:
+            if req.session is not None:
+                # The turns of a session share one object; their configurations may differ.
+                req.multimodal_inputs = dataclasses.replace(req.multimodal_inputs)
+            req.multimodal_inputs.pevlm = layout
+    if error is not None:
+        req.set_finish_with_abort(f"PEVLM: {error}")
+
+
+def lay_out(items: list[Any], rule: SpanRule, config: PevlmConfig) -> RequestLayout:
+    """The layout of a request's multimodal items.
+
+    Raises:
+        FrameSpanError: the items do not say where the frames lie.
+    """
+    if not config.enabled:
+        return RequestLayout(Layout(), DISABLED)
+    videos = rule.spans(items, image_runs=config.image_runs)
+    layout = Layout.build(videos, sink_frames=config.sink_frames, block_frames=config.block_frames)
+    if layout.first_sparse is not None:
+        return RequestLayout(layout, None)
+    if videos:
+        return RequestLayout(layout, SHORT_VIDEO)
+    has_images = any(item.is_image() for item in items)
+    return RequestLayout(layout, IMAGE_RUNS_OFF if has_images else NO_VIDEO)
+
+
+def _session_conflict(req: Any) -> str | None:
+    """A streaming session keeps its KV outside the radix cache, where no namespace protects it."""
+    session = req.session
+    if session is None or not getattr(session, "streaming", False):
+        return None
+    namespace = req.pevlm_config.cache_namespace
+    first = session.__dict__.setdefault("pevlm_namespace", namespace)
+    if first != namespace:
+        return (
+            "custom_params['pevlm']: expected the setting of the first turn of this streaming "
+            "session, whose KV it continues, got another one; open a new session for it"
+        )
+    return None

@@ -1,0 +1,94 @@
+"""What PEVLM cannot serve, checked before the server starts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class UnsupportedError(ValueError):
+    """A setting, model or backend that PEVLM cannot serve; the server is refused with this
+    message."""
+
+
+class _Refusal(NamedTuple):
+    """A server argument of SGLang that PEVLM does not work with, and why."""
+
+    option: str
+    unless: tuple[Any, ...]
+    reason: str
+
+
+_PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
+_MEMORY = "cache slots are not token-granular there"
+
+# Options that a release lacks are passed over: there is nothing to refuse.
+_REFUSALS = (
+    _Refusal("attn_cp_size", (1,), _PARALLEL),
+    _Refusal("dcp_size", (1,), _PARALLEL),
+    _Refusal("enable_prefill_cp", (False,), _PARALLEL),
+    _Refusal("enable_two_batch_overlap", (False,), "it splits a batch without its frames"),
+    _Refusal("enable_pdmux", (False,), "it keeps backends of its own, a stream each"),
+    _Refusal("dllm_algorithm", (None,), "a diffusion model does not prefill causally"),
+    _Refusal("enable_unified_memory", (False,), _MEMORY),
+    _Refusal("enable_page_major_kv_layout", (False,), _MEMORY),
+    _Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
+    _Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
+    _Refusal("encoder_only", (False,), "plugins are not loaded in the encoder server"),
+    _Refusal(
+        "kv_cache_dtype",
+        ("auto", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2"),
+        "its keys and values are not read token by token",
+    ),
+)
+
+
+def check_server_args(resolved: Any) -> None:
+    """Refuse settings of SGLang that PEVLM does not work with.
+
+    Args:
+        resolved: SGLang's resolved server arguments.
+
+    Raises:
+        UnsupportedError: names the option, what was expected, what came, and why.
+    """
+    for option, allowed, reason in _REFUSALS:
+        value = getattr(resolved, option, allowed[0])
+        if value not in allowed:
+            flag = "--" + option.replace("_", "-")
+            expected = " or ".join(str(v) for v in allowed)
+            raise UnsupportedError(
+                f"{flag}: expected {expected}, got {value}; {reason}. "
+                f"Leave {flag} out, or serve without --attention-backend pevlm"
+            )
+    triton = "triton" in (resolved.prefill_attention_backend or resolved.attention_backend or "")
+    if triton and getattr(resolved, "enable_deterministic_inference", False):
+        raise UnsupportedError(
+            "--enable-deterministic-inference: the triton backend takes another prefill kernel "
+            "there, which PEVLM does not rewrite; choose --pevlm-base-backend fa3 or flashinfer"
+        )
+
+
+def check_model(model_runner: Any) -> None:
+    """Refuse models whose attention is not plain causal attention over a token-granular cache.
+
+    Raises:
+        UnsupportedError: says what the model has.
+    """
+    from sglang.srt.configs.model_config import AttentionArch
+
+    config = model_runner.model_config
+    text_config = config.hf_text_config
+    window = model_runner.sliding_window_size
+    findings = {
+        "multi-head latent attention (MLA)": config.attention_arch != AttentionArch.MHA,
+        "an encoder-decoder with cross-attention": config.is_encoder_decoder,
+        "sliding-window attention": window is not None and window > 0,
+        "interleaved rope (use_irope)": bool(getattr(text_config, "use_irope", False)),
+        "no generation (an embedding model)": not config.is_generation,
+    }
+    for finding, present in findings.items():
+        if present:
+            raise UnsupportedError(
+                f"model {config.model_path}: has {finding}, which PEVLM does not cover; "
+                "serve it without --attention-backend pevlm"
+            )
