@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import pkgutil
 import sys
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, requests, support
+from pevlm_sglang import arguments, requests, support, vision
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
+from pevlm_sglang.observe import Observer
 from pevlm_sglang.support import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +41,28 @@ _HOOKS = {
 """SGLang's function → the hook here; the first word of the hook's name is its kind."""
 
 
+@dataclass(frozen=True)
+class _Serving:
+    """PEVLM in a scheduler process, once its backend is in place.
+
+    Attributes:
+        config: of the server.
+        rule: how the model's frames are found.
+        observer: what was computed so far.
+        vision_corrections: what is corrected in SGLang's vision path, in words.
+    """
+
+    config: PevlmConfig
+    rule: SpanRule
+    observer: Observer
+    vision_corrections: tuple[str, ...]
+
+
 class _Process:
-    """What this process knows; a scheduler has all of it, a launcher the configuration alone."""
+    """What this process knows: a launcher the configuration, a scheduler both."""
 
     config: PevlmConfig | None = None
-    rule: SpanRule | None = None
-    observer: Any = None
+    serving: _Serving | None = None
 
 
 def register() -> None:
@@ -130,14 +148,17 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
             arguments.write_base_backend(server_args, config)
     resolve_once(server_args)
     _Process.config = getattr(server_args, "_pevlm_config", None)
-    if _Process.config is not None and not resolved_before:
-        from sglang.srt.arg_groups.model_override_base import resolved_view
+    if _Process.config is None or resolved_before:
+        return
+    from sglang.srt.arg_groups.model_override_base import resolved_view
 
-        try:
-            support.check_server_args(resolved_view(server_args))
-        except UnsupportedError as error:
-            _stop(error)
-        logger.info("PEVLM configuration: %s", _Process.config.describe())
+    try:
+        support.check_server_args(resolved_view(server_args), _Process.config)
+        if _Process.config.vision_fixes:
+            vision.fix_positions()
+    except UnsupportedError as error:
+        _stop(error)
+    logger.info("PEVLM configuration: %s", _Process.config.describe())
 
 
 # --- The scheduler ---------------------------------------------------------------------------
@@ -153,7 +174,6 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     from sglang.srt.runtime_context import get_parallel
 
     from pevlm_sglang.bases import put_on
-    from pevlm_sglang.observe import Observer
 
     first_rank = get_parallel().tp_rank == 0
     observer = Observer(
@@ -166,12 +186,13 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         rule = SpanRule.of_model(model_runner.model_config.hf_config)
         support.check_model(model_runner)
         put_on(prefill_backend, observer)
+        fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
     except UnsupportedError as error:
         _stop(error)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.config, _Process.rule, _Process.observer = config, rule, observer
+    _Process.serving = _Serving(config, rule, observer, fixes)
     if first_rank:
         steps = rule.frames_per_step
         logger.info(
@@ -184,6 +205,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
             -(-config.block_frames // steps),
             steps,
         )
+        logger.info("PEVLM vision corrections: %s", "; ".join(fixes) or "none")
 
 
 def _stop_unless_hooked() -> None:
@@ -195,34 +217,33 @@ def _stop_unless_hooked() -> None:
 
 
 def _after_req_init(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
-    if _Process.rule is not None:
-        assert _Process.config is not None
-        requests.on_created(req, _Process.config)
+    if _Process.serving is not None:
+        requests.on_created(req, _Process.serving.config)
 
 
 def _before_add_request_to_queue(
     _scheduler: Any, req: Any, *args: Any, is_retracted: bool = False, **kwargs: Any
 ) -> None:
-    if _Process.rule is not None and not is_retracted:
-        requests.on_queued(req, _Process.rule)
+    if _Process.serving is not None and not is_retracted:
+        requests.on_queued(req, _Process.serving.rule)
 
 
 # --- Seen from outside -----------------------------------------------------------------------
 
 
 def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
-    if _Process.rule is not None:
-        assert _Process.config is not None
+    if (serving := _Process.serving) is not None:
         info[SERVER_INFO_KEY] = {
-            **_Process.config.describe(),
+            **serving.config.describe(),
             "base_backend": scheduler.tp_worker.model_runner.prefill_attention_backend_str,
-            "frames_per_step": _Process.rule.frames_per_step,
+            "frames_per_step": serving.rule.frames_per_step,
+            "vision_corrections": list(serving.vision_corrections),
         }
 
 
 def _after_get_internal_state(output: Any, _scheduler: Any, _request: Any) -> None:
-    if _Process.observer is not None:
-        output.internal_state[SERVER_INFO_KEY] = _Process.observer.totals.describe()
+    if _Process.serving is not None:
+        output.internal_state[SERVER_INFO_KEY] = _Process.serving.observer.totals.describe()
 
 
 def _after_controller_init_info(info: dict[str, Any], controller: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pevlm_sglang.config import PevlmConfig
+
 
 class UnsupportedError(ValueError):
     """A setting, model or backend that PEVLM cannot serve; the server is refused with this
@@ -42,11 +44,12 @@ _REFUSALS = (
 )
 
 
-def check_server_args(resolved: Any) -> None:
+def check_server_args(resolved: Any, config: PevlmConfig) -> None:
     """Refuse settings of SGLang that PEVLM does not work with.
 
     Args:
         resolved: SGLang's resolved server arguments.
+        config: of the server.
 
     Raises:
         UnsupportedError: names the option, what was expected, what came, and why.
@@ -60,6 +63,12 @@ def check_server_args(resolved: Any) -> None:
                 f"{flag}: expected {expected}, got {value}; {reason}. "
                 f"Leave {flag} out, or serve without --attention-backend pevlm"
             )
+    if config.vision_fixes and resolved.tokenizer_worker_num > 1:
+        raise UnsupportedError(
+            f"--tokenizer-worker-num: expected 1, got {resolved.tokenizer_worker_num}; plugins are "
+            "not loaded in its worker processes, where the frame rate of videos is corrected. "
+            "Leave it out, or serve with --pevlm-vision-fixes false"
+        )
     triton = "triton" in (resolved.prefill_attention_backend or resolved.attention_backend or "")
     if triton and getattr(resolved, "enable_deterministic_inference", False):
         raise UnsupportedError(

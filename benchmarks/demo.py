@@ -1,0 +1,279 @@
+"""The main job on a machine without a GPU: ask a real server about a video, with and without PEVLM.
+
+    make demo
+
+Method. A video of noise and moving bars goes through the OpenAI API to a real SGLang server on the
+CPU, which serves a small random Qwen2.5-VL (wide enough for attention to matter, with a shallow
+vision tower). The same request is answered alternately under PEVLM and under full attention, which
+a request chooses by ``custom_params={"pevlm": {"enabled": false}}``; the medians are compared.
+
+What makes the comparison fair:
+
+- One server, one video, one question. Time to first token is what the client sees, from sending the
+  request to the first streamed token; decoding, processor and vision tower are in it.
+- Nothing is reused: ``/flush_cache`` empties the prefix cache before every request, and the cache
+  of video embeddings is off (``SGLANG_VLM_CACHE_SIZE_MB=0``), so both sides pay the vision tower.
+- One chunk (``--chunked-prefill-size -1``). In chunks, SGLang's ``torch_native`` full attention
+  computes the whole prefix again for each, which would be too weak a baseline.
+- One request under each before the clock starts, on a short video.
+- ``visible_fraction`` is counted by the server, not predicted, and the demo fails if full attention
+  saved a pair or PEVLM saved none.
+
+``answer_logprob_diff`` is the largest absolute difference of the first answer token's log-prob,
+over the 20 tokens that are likeliest under full attention. With random weights, which spread
+attention evenly over the video, it shows that the two differ, and says nothing about accuracy.
+
+Sample output:
+
+@@SAMPLE@@
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # `support` is no part of the distribution
+
+import openai  # noqa: E402
+
+from support.server import Server
+from support.tiny import make_tiny_model
+from support.video import video_data_url, write_video
+
+VIDEO_SECONDS = 128
+SAMPLED_FPS = 2.0  # what SGLang samples for Qwen's models
+FRAME_SIZE = (392, 280)  # 140 tokens a step of two frames
+WARM_UP_SECONDS = 24
+LIKELIEST = 20
+QUESTION = "What happens in the video?"
+MODEL = {
+    "num_layers": 6,
+    "hidden_size": 512,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "intermediate_size": 512,
+    "vision_depth": 2,
+}
+VOCABULARY = 320  # all of the tiny model's tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request, as the client and the server's counters saw it.
+
+    Attributes:
+        ttft: seconds from sending the request to its first token.
+        prompt_tokens: of the expanded prompt.
+        logprobs: of the first answer token, by the bytes of the token.
+        pairs_computed, pairs_saved: what the request added to the server's counters.
+    """
+
+    ttft: float
+    prompt_tokens: int
+    logprobs: dict[bytes, float]
+    pairs_computed: int
+    pairs_saved: int
+
+    @property
+    def visible_fraction(self) -> float:
+        return self.pairs_computed / (self.pairs_computed + self.pairs_saved)
+
+
+def ask(server: Server, client: openai.OpenAI, video: str, *, pevlm: bool) -> Answer:
+    """One streamed request on empty caches.
+
+    Args:
+        video: as a ``data:`` URL.
+        pevlm: False asks for full attention.
+    """
+    flushed = server.post("/flush_cache")
+    if flushed.status_code != 200:
+        sys.exit(f"demo: /flush_cache: expected HTTP 200, got {flushed.status_code}")
+    before = counters(server)
+    start = time.perf_counter()
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {
+                "role": "user",
+                # The client's types have no `video_url`, an extension of SGLang.
+                "content": [
+                    {"type": "video_url", "video_url": {"url": video}},  # type: ignore[list-item]
+                    {"type": "text", "text": QUESTION},
+                ],
+            }
+        ],
+        max_tokens=4,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=VOCABULARY,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"custom_params": {"pevlm": {"enabled": pevlm}}},
+    )
+    ttft, prompt_tokens = 0.0, 0
+    logprobs: dict[bytes, float] = {}
+    for chunk in stream:
+        if chunk.usage:
+            prompt_tokens = chunk.usage.prompt_tokens
+        first = chunk.choices[0].logprobs if chunk.choices and not logprobs else None
+        if first and first.content:
+            ttft = time.perf_counter() - start
+            likely = first.content[0].top_logprobs
+            logprobs = {bytes(token.bytes or ()): token.logprob for token in likely}
+    if not logprobs or not prompt_tokens:
+        sys.exit("demo: expected a streamed answer with log-probs and usage, got none")
+    after = counters(server)
+    return Answer(
+        ttft,
+        prompt_tokens,
+        logprobs,
+        after["pairs_computed"] - before["pairs_computed"],
+        after["pairs_saved"] - before["pairs_saved"],
+    )
+
+
+def counters(server: Server) -> dict[str, Any]:
+    """PEVLM's totals in the scheduler."""
+    totals: dict[str, Any] = server.info()["internal_states"][0]["pevlm"]
+    return totals
+
+
+def check(pevlm: Answer, full: Answer) -> None:
+    """End with an error unless each ran what it was asked to run."""
+    if not pevlm.pairs_saved:
+        sys.exit(
+            "demo: PEVLM was not active: expected saved attention pairs in /server_info, got 0; "
+            "see the reasons under dense_tokens there, and the server's log"
+        )
+    if full.pairs_saved:
+        sys.exit(
+            "demo: the baseline was not full attention: expected no saved attention pairs, "
+            f"got {full.pairs_saved}"
+        )
+
+
+def logprob_difference(pevlm: Answer, full: Answer) -> float:
+    """See the top of this file."""
+    likeliest = sorted(full.logprobs, key=lambda token: -full.logprobs[token])[:LIKELIEST]
+    return max(abs(full.logprobs[token] - pevlm.logprobs[token]) for token in likeliest)
+
+
+def card() -> str:
+    """Versions and machine."""
+    names = ("pevlm-sglang", "sglang", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    cores = len(os.sched_getaffinity(0))
+    return f"{versions}, Python {platform.python_version()}\n{cpu_name()}, {cores} cores"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def num_blocks(server: Server) -> int:
+    """Context blocks of the video, by the server's own configuration."""
+    config = server.info()["pevlm"]
+    frames_per_step = config["frames_per_step"]
+    sink, block = (-(-config[name] // frames_per_step) for name in ("sink_frames", "block_frames"))
+    steps = int(VIDEO_SECONDS * SAMPLED_FPS) // frames_per_step
+    return -(-(steps - sink) // int(block))
+
+
+def report(runs: dict[bool, list[Answer]], blocks: int) -> None:
+    """The table, and the figures as one JSON object in the last line."""
+    pevlm, full = runs[True][-1], runs[False][-1]
+    ttft = {kind: statistics.median(run.ttft for run in runs[kind]) for kind in runs}
+    speedup = ttft[False] / ttft[True]
+    difference = logprob_difference(pevlm, full)
+    print(f"prompt: {pevlm.prompt_tokens} tokens, {blocks} context blocks\n")
+    print(f"{'':16}{'visible_fraction':>17}{'time to first token':>21}")
+    for name, kind, fraction in (
+        ("full attention", False, full.visible_fraction),
+        ("PEVLM", True, pevlm.visible_fraction),
+    ):
+        print(f"{name:16}{fraction:>17.3f}{ttft[kind]:>19.2f} s")
+    print(f"\nspeed-up in time to first token: {speedup:.2f}x")
+    print(f"largest difference of the answer's log-probs: {difference:.3f}\n")
+    print(
+        json.dumps(
+            {
+                "prompt_tokens": pevlm.prompt_tokens,
+                "blocks": blocks,
+                "visible_fraction": round(pevlm.visible_fraction, 4),
+                "ttft_full_s": round(ttft[False], 3),
+                "ttft_pevlm_s": round(ttft[True], 3),
+                "speedup_ttft": round(speedup, 3),
+                "answer_logprob_diff": round(difference, 4),
+            }
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="PEVLM beside full attention on a CPU server")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--port", type=int, help="of the server (default: a free one)")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=ROOT / ".cache" / "demo",
+        help="for model, videos and the server's log (default: .cache/demo)",
+    )
+    options = parser.parse_args()
+    work: Path = options.work_dir
+
+    print(card(), flush=True)
+    model = make_tiny_model(work / "model", **MODEL)
+    video, short = (
+        video_data_url(
+            write_video(work / f"{seconds}s.mp4", seconds=seconds, fps=SAMPLED_FPS, size=FRAME_SIZE)
+        )
+        for seconds in (VIDEO_SECONDS, WARM_UP_SECONDS)
+    )
+    print("starting the SGLang server on the CPU (about a minute) ...", flush=True)
+    runs: dict[bool, list[Answer]] = {True: [], False: []}
+    with Server(
+        model,
+        *("--attention-backend", "pevlm", "--chunked-prefill-size", "-1"),
+        env={"SGLANG_VLM_CACHE_SIZE_MB": "0"},
+        log_path=work / "server.log",
+        port=options.port,
+    ) as server:
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+        )
+        for pevlm in runs:
+            ask(server, client, short, pevlm=pevlm)
+        for repeat in range(options.repeats):
+            for pevlm, answers in runs.items():
+                answers.append(ask(server, client, video, pevlm=pevlm))
+            check(runs[True][-1], runs[False][-1])
+            print(
+                f"run {repeat + 1} of {options.repeats}: full {runs[False][-1].ttft:.2f} s, "
+                f"PEVLM {runs[True][-1].ttft:.2f} s",
+                flush=True,
+            )
+        blocks = num_blocks(server)
+    report(runs, blocks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""pevlm_prefill against dense masks: from random virtual sequences, and from the specification."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_oracle import Video, write
+from test_plan import Batch, batches, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pevlm_kernels import PrefillPlan, pevlm_prefill
+from pevlm_kernels.testing import (
+    Call,
+    assert_within_budget,
+    plain_attention,
+    plan_of_slots,
+    random_call,
+    random_plan,
+)
+
+IMPLS = ("reference", "sdpa")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS = [
+    pytest.param(2, 2, id="MHA"),
+    pytest.param(4, 2, id="GQA 2"),
+    pytest.param(14, 2, id="GQA 7"),
+    pytest.param(16, 2, id="GQA 8"),
+    pytest.param(6, 1, id="MQA"),
+]
+AWKWARD = [(1, 1), (1, 63), (63, 63), (111, 111), (113, 203), (2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that a kernel forgets to write is NaN, and not what the last test left there."""
+    for name in ("empty_like", "empty"):
+        original = getattr(torch, name)
+
+        def poisoned(*args: object, original: object = original, **kwargs: object) -> torch.Tensor:
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def run(call: Call, impl: str) -> torch.Tensor:
+    return pevlm_prefill(
+        call.q, call.k_cache, call.v_cache, call.plan, softmax_scale=call.softmax_scale, impl=impl
+    )
+
+
+def batch_call(batch: Batch, **options: object) -> Call:
+    """A call for a batch of layouts; its mask comes from the oracle's keys, not from the plan."""
+    expected = batch.expected()
+    mask = torch.zeros(len(expected), batch.req_to_token.numel(), dtype=torch.bool)
+    for row, slots in enumerate(expected):
+        mask[row, list(slots)] = True
+    return random_call(batch.plan, mask, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
+def test_head_ratios(impl: str, dtype: torch.dtype, q_heads: int, kv_heads: int) -> None:
+    plan, mask = random_plan(AWKWARD, num_slots=240)
+    call = random_call(plan, mask, num_q_heads=q_heads, num_kv_heads=kv_heads, dtype=dtype)
+    assert_within_budget(run(call.poisoned(), impl), call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(impl: str, dtype: torch.dtype, head_dim: int) -> None:
+    plan, mask = random_plan(AWKWARD, num_slots=240, seed=1)
+    call = random_call(plan, mask, head_dim=head_dim, dtype=dtype, seed=1)
+    assert_within_budget(run(call.poisoned(), impl), call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lengths", AWKWARD, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_shape(impl: str, lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    """One shape alone, so that another cannot lend it its budget. Some copies of it: the largest
+    error of a few numbers is a matter of luck."""
+    copies = 16 if lengths[0] < 10 else 2
+    plan, mask = random_plan([lengths] * copies, num_slots=lengths[1] + 7, seed=2)
+    call = random_call(plan, mask, dtype=dtype, seed=2)
+    assert_within_budget(run(call.poisoned(), impl), call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fp64_is_exact_to_fp64(impl: str) -> None:
+    plan, mask = random_plan(AWKWARD, num_slots=240, seed=3)
+    call = random_call(plan, mask, dtype=torch.float64, seed=3)
+    exact = plain_attention(call, torch.float64)
+    torch.testing.assert_close(run(call, impl), exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["cached", "own"])
+def test_one_side_outweighs_the_other(impl: str, dtype: torch.dtype, side: str) -> None:
+    """Log-sum-exps far apart: the weight of one part underflows and must not turn into NaN."""
+    n, m = 20, 60
+    mask = torch.arange(m) <= torch.arange(m - n, m)[:, None]
+    call = random_call(plan_of_slots([n], [torch.arange(m)]), mask, dtype=dtype, seed=4)
+    heavy = slice(0, m - n) if side == "cached" else slice(m - n, m)
+    k_cache = call.k_cache.clone()
+    k_cache[heavy] += 20  # scores of about 130 against queries without a negative number
+    call = dataclasses.replace(call, q=call.q.abs(), k_cache=k_cache)
+    assert_within_budget(run(call, impl), call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [None, 0.02, 1.0])
+def test_softmax_scale(impl: str, scale: float | None) -> None:
+    plan, mask = random_plan([(7, 19)], num_slots=20, seed=5)
+    call = random_call(plan, mask, head_dim=80, seed=5)
+    out = pevlm_prefill(call.q, call.k_cache, call.v_cache, plan, softmax_scale=scale, impl=impl)
+    assert_within_budget(
+        out, dataclasses.replace(call, softmax_scale=80**-0.5 if scale is None else scale)
+    )
+
+
+def test_reference_takes_values_of_another_width() -> None:
+    plan, mask = random_plan([(7, 19)], num_slots=20)
+    call = random_call(plan, mask, head_dim=64, head_dim_v=32)
+    out = run(call.poisoned(), "reference")
+    assert out.shape[-1] == 32
+    assert_within_budget(out, call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs(impl: str) -> None:
+    """q is a slice of the fused projection, the cache one layer of a larger buffer."""
+    plan, mask = random_plan([(7, 19), (3, 3)], num_slots=20)
+    call = random_call(plan, mask)
+    fused = torch.full((10, 8, 64), torch.nan)
+    fused[:, :4] = call.q
+    buffer = torch.full((20, 4, 64), torch.nan)
+    buffer[:, 2:] = call.k_cache
+    strided = dataclasses.replace(call, q=fused[:, :4], k_cache=buffer[:, 2:])
+    assert not strided.q.is_contiguous()
+    assert not strided.k_cache.is_contiguous()
+    assert torch.equal(run(strided, impl), run(call, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_plan(impl: str) -> None:
+    plan, mask = random_plan([], num_slots=5)
+    assert run(random_call(plan, mask), impl).shape == (0, 4, 64)
+
+
+# --- From the specification ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(batch=batches(), seed=st.integers(0, 1000))
+@settings(max_examples=40)
+def test_batches_of_layouts(impl: str, batch: Batch, seed: int) -> None:
+    """Slots that the specification hides from every token of the forward hold NaN."""
+    call = batch_call(batch, head_dim=16, dtype=torch.float64, seed=seed)
+    exact = plain_attention(call, torch.float64)
+    torch.testing.assert_close(run(call.poisoned(), impl), exact, rtol=0, atol=1e-13)
+
+
+def video_batch() -> Batch:
+    """A sparse prompt from its third block on, text, an image run, a decode row."""
+    video = write(5, Video((6,) * 9), 4)
+    images = write(2, Video((5, 3, 4, 6), gaps=(2, 0, 3)), 3)
+    requests = [(video, 24, 39), (write(11), 0, 11), (images, 0, 28), (video, 62, 1)]
+    return make_batch(requests, sink=1, block=2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_video_batch_is_within_budget(impl: str, dtype: torch.dtype) -> None:
+    call = batch_call(video_batch(), num_q_heads=14, num_kv_heads=2, dtype=dtype)
+    assert (~call.mask.any(dim=0)).sum() > 20, "nothing to poison"
+    assert_within_budget(run(call.poisoned(), impl), call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_order_changes_no_bit(impl: str, dtype: torch.dtype) -> None:
+    lengths = [*AWKWARD, (17, 90), (64, 128)]
+    plan, mask = random_plan(lengths, num_slots=240, seed=6)
+    call = random_call(plan, mask, dtype=dtype, seed=6)
+    order = [5, 2, 7, 0, 4, 1, 6, 3]
+    rows = list(torch.arange(plan.total_q).split(list(plan.seqlens_q)))
+    slots = plan.kv_indices.split(list(plan.seqlens_k))
+    permuted = dataclasses.replace(
+        call,
+        q=torch.cat([call.q[rows[i]] for i in order]),
+        plan=plan_of_slots([lengths[i][0] for i in order], [slots[i] for i in order]),
+    )
+    out = run(call, impl)
+    assert torch.equal(run(permuted, impl), torch.cat([out[rows[i]] for i in order]))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that an operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def largest_tensor(impl: str, n: int, m: int) -> int:
+    plan = plan_of_slots([n], [torch.randperm(m)])
+    q, k, v = (torch.randn(length, 1, 16) for length in (n, m, m))
+    with LargestTensor() as recorder:
+        pevlm_prefill(q, k, v, plan, impl=impl)
+    return recorder.elements
+
+
+def test_sdpa_materialises_no_scores() -> None:
+    """20k cached tokens and 2k queries: nothing larger than the gathered keys."""
+    assert largest_tensor("sdpa", 2_000, 22_000) <= 22_000 * 16
+    # The recorder can see what it looks for.
+    assert largest_tensor("reference", 200, 2_200) >= 200 * 2_200
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call() -> Call:
+    plan, mask = random_plan([(3, 5)], num_slots=8)
+    return random_call(plan, mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"q": c.q[0]}, r"q: expected \[tokens, heads, head_dim\], got shape \(4, 64\)"),
+        (lambda c: {"k_cache": c.k_cache[None]}, "k_cache: expected .* got shape"),
+        (lambda c: {"v_cache": c.v_cache[0]}, "v_cache: expected .* got shape"),
+        (lambda c: {"k_cache": c.k_cache.half()}, "k_cache: .* dtype .* got torch.float16"),
+        (lambda c: {"v_cache": c.v_cache.to("meta")}, "v_cache: .* device .* got .* meta"),
+        (lambda c: {"q": c.q[:2]}, "q: expected 3 tokens, as the plan has, got 2"),
+        (lambda c: {"v_cache": c.v_cache[:7]}, "the same slots and heads"),
+        (lambda c: {"v_cache": c.v_cache[:, :1]}, "the same slots and heads"),
+        (lambda c: {"k_cache": c.k_cache[..., :32]}, r"\[slots, kv_heads, 64\]"),
+        (lambda c: {"q": c.q[:, :3]}, "expected a multiple of 2 key-value heads, got 3"),
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_interface_refuses(call: Call, impl: str, change: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(call, **change(call)), impl)
+
+
+def test_unknown_implementation_names_the_known(call: Call) -> None:
+    with pytest.raises(ValueError, match=r"impl: expected one of .*sdpa.*, got 'sdpo'"):
+        run(call, "sdpo")
+
+
+def test_sdpa_refuses_other_devices_and_widths(call: Call) -> None:
+    narrow = dataclasses.replace(call, v_cache=call.v_cache[..., :32])
+    with pytest.raises(ValueError, match="expected values of width 64, as the keys, got 32"):
+        run(narrow, "sdpa")
+    tensors = {name: getattr(call, name).to("meta") for name in ("q", "k_cache", "v_cache")}
+    with pytest.raises(ValueError, match="expected tensors on the CPU, got meta"):
+        run(dataclasses.replace(call, **tensors), "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seqlens_k": (5, 6, 7)}, r"as many seqlens_k as seqlens_q \(2\), got 3"),
+        ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, r"cu_seqlens_q: expected shape \(3,"),
+        ({"cu_seqlens_k": torch.zeros(3)}, "cu_seqlens_k: .* torch.int32, got .* torch.float32"),
+        ({"kv_indices": torch.zeros(11, dtype=torch.int32)}, "kv_indices: .* got .* torch.int32"),
+        ({"kv_indices": torch.zeros(10, dtype=torch.int64)}, r"kv_indices: expected shape \(11,"),
+        ({"seqlens_q": (3, 7)}, "expected 0 < seqlen_q <= seqlen_k, got 7 and 6"),
+        ({"seqlens_q": (0, 2)}, "expected 0 < seqlen_q <= seqlen_k, got 0 and 5"),
+    ],
+)
+def test_plan_refuses(change: dict, message: str) -> None:
+    plan, _ = random_plan([(3, 5), (2, 6)], num_slots=8)
+    assert isinstance(plan, PrefillPlan)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(plan, **change)
