@@ -42,22 +42,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # `support` is no part of the distribution
+import openai
 
-import openai  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # `support` lives there
+
 
 from support.server import Server
 from support.tiny import make_tiny_model
 from support.video import video_data_url, write_video
 
+WORK_DIR = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 VIDEO_SECONDS = 128
 SAMPLED_FPS = 2.0  # what SGLang samples for Qwen's models
 FRAME_SIZE = (392, 280)  # 140 tokens a step of two frames
 WARM_UP_SECONDS = 24
 LIKELIEST = 20
 QUESTION = "What happens in the video?"
-MODEL = {
+MODEL: dict[str, Any] = {
     "num_layers": 6,
     "hidden_size": 512,
     "num_heads": 8,
@@ -100,20 +101,15 @@ def ask(server: Server, client: openai.OpenAI, video: str, *, pevlm: bool) -> An
     flushed = server.post("/flush_cache")
     if flushed.status_code != 200:
         sys.exit(f"demo: /flush_cache: expected HTTP 200, got {flushed.status_code}")
+    content: Any = [  # the client has no type for `video_url`, an extension of SGLang
+        {"type": "video_url", "video_url": {"url": video}},
+        {"type": "text", "text": QUESTION},
+    ]
     before = counters(server)
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model="tiny",
-        messages=[
-            {
-                "role": "user",
-                # The client's types have no `video_url`, an extension of SGLang.
-                "content": [
-                    {"type": "video_url", "video_url": {"url": video}},  # type: ignore[list-item]
-                    {"type": "text", "text": QUESTION},
-                ],
-            }
-        ],
+        messages=[{"role": "user", "content": content}],
         max_tokens=4,
         temperature=0,
         logprobs=True,
@@ -231,7 +227,7 @@ def main() -> None:
     parser.add_argument(
         "--work-dir",
         type=Path,
-        default=ROOT / ".cache" / "demo",
+        default=WORK_DIR,
         help="for model, videos and the server's log (default: .cache/demo)",
     )
     options = parser.parse_args()

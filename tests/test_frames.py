@@ -235,7 +235,7 @@ def test_rule_of_a_model(architecture: str, temporal: int) -> None:
         (["LlamaForCausalLM"], "LlamaForCausalLM"),
         (["A", "B"], "A, B"),
         ([], "unknown"),
-        (None, "un"),
+        (None, "unknown"),
     ],
 )
 def test_unknown_model_lists_the_supported(architectures: list | None, shown: str) -> None:

@@ -87,6 +87,13 @@ class PevlmBackend(AttentionBackend):
         self.pevlm_plan(sequences, forward_batch)
         self.pevlm_observer.sparse_batch(batch.requests, sequences)
 
+    def pevlm_check(self) -> None:
+        """Look at the constructed base once, before it serves.
+
+        Raises:
+            UnsupportedError: a mode of the base that PEVLM cannot build on.
+        """
+
     def pevlm_forget(self) -> None:
         """Drop the plan of the forward before."""
 

@@ -18,14 +18,20 @@ import torch
 from support.spec_mask import Steps, spec_mask
 
 SAMPLED_FPS = 2.0  # SGLang's default for Qwen's models; the clips here are longer than 4 frames
+IMAGE_RUN_GAP = 32  # tokens between neighbouring images of one run, at most
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A sink and block size in sampled frames; None is full attention."""
+    """A sink and block size in sampled frames; None is full attention.
+
+    Attributes:
+        image_runs: whether images close to each other count as a video, one image a step.
+    """
 
     sink_frames: int
     block_frames: int
+    image_runs: bool = False
 
 
 class Oracle:
@@ -63,19 +69,49 @@ class Oracle:
             settings["images"] = list(images)
         return self.processor(text=[prompt], return_tensors="pt", **settings)
 
-    def steps(self, inputs: Any) -> list[Steps]:
-        """The steps of each video, found as equal parts of the runs of video placeholders."""
-        placeholder = self.model.config.video_token_id
-        positions = (inputs["input_ids"][0] == placeholder).nonzero().flatten().numpy()
+    def spans(self, inputs: Any, kind: str) -> list[Steps]:
+        """The steps of each video (or image), found as equal parts of its run of placeholders.
+
+        Args:
+            inputs: see :meth:`inputs`.
+            kind: "video" or "image".
+        """
+        placeholder = getattr(self.model.config, f"{kind}_token_id")
+        positions = (inputs["input_ids"][0] == placeholder).nonzero().flatten().tolist()
         merge = self.model.config.vision_config.spatial_merge_size**2
-        videos, at = [], 0
-        for t, h, w in inputs.get("video_grid_thw", torch.empty(0, 3, dtype=torch.int64)).tolist():
+        items: list[Steps] = []
+        at = 0
+        for t, h, w in inputs.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist():
             size = h * w // merge
-            starts = [int(positions[at + i * size]) for i in range(t)]
-            videos.append([(start, start + size) for start in starts])
+            starts = [positions[at + i * size] for i in range(t)]
+            items.append([(start, start + size) for start in starts])
             at += t * size
         assert at == len(positions), "every placeholder belongs to one step"
-        return videos
+        return items
+
+    def mask(self, inputs: Any, setting: Setting | None, length: int) -> np.ndarray:
+        """``[length, length]`` bool: which token ``q`` attends to which token ``k``.
+
+        Args:
+            inputs: see :meth:`inputs`.
+            setting: see :meth:`logprobs`.
+            length: tokens of the prompt and of the answer.
+        """
+        videos, frames_per_step = [], []
+        if setting:
+            videos = self.spans(inputs, "video")
+            frames_per_step = [self.model.config.vision_config.temporal_patch_size] * len(videos)
+        if setting and setting.image_runs:
+            runs = _image_runs([step for (step,) in self.spans(inputs, "image")])
+            videos, frames_per_step = videos + runs, frames_per_step + [1] * len(runs)
+        order = sorted(range(len(videos)), key=lambda i: videos[i][0])
+        sink, block = (setting.sink_frames, setting.block_frames) if setting else (0, 1)
+        return spec_mask(
+            length,
+            [videos[i] for i in order],
+            sink_steps=[-(-sink // frames_per_step[i]) for i in order],
+            block_steps=[-(-block // frames_per_step[i]) for i in order],
+        )
 
     def logprobs(
         self, inputs: Any, setting: Setting | None, answer: Sequence[int] = ()
@@ -88,15 +124,7 @@ class Oracle:
             answer: generated tokens that follow the prompt.
         """
         ids = torch.cat([inputs["input_ids"][0], torch.tensor(answer, dtype=torch.int64)])
-        length = len(ids)
-        videos = self.steps(inputs) if setting else []
-        frames_per_step = self.model.config.vision_config.temporal_patch_size
-        mask = spec_mask(
-            length,
-            videos,
-            sink_steps=-(-setting.sink_frames // frames_per_step) if setting else 0,
-            block_steps=-(-setting.block_frames // frames_per_step) if setting else 1,
-        )
+        mask = self.mask(inputs, setting, len(ids))
         pixels = {
             name: inputs[name]
             for name in (
@@ -186,6 +214,17 @@ def sample(video: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     frames = decoder.get_frames_at(indices.tolist()).data
     metadata = {"fps": fps, "total_num_frames": total, "frames_indices": indices.tolist()}
     return frames, metadata
+
+
+def _image_runs(images: Sequence[tuple[int, int]]) -> list[Steps]:
+    """Images in prompt order, those close to each other together."""
+    runs: list[list[tuple[int, int]]] = []
+    for image in images:
+        if runs and image[0] - runs[-1][-1][1] <= IMAGE_RUN_GAP:
+            runs[-1].append(image)
+        else:
+            runs.append([image])
+    return [*runs]
 
 
 def _additive(mask: np.ndarray) -> torch.Tensor:

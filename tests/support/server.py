@@ -142,6 +142,15 @@ class Server:
         """
         return self._json(self.post("/generate", body))
 
+    def generate_batch(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """``/generate`` with a list a field, one entry a request.
+
+        Raises:
+            RuntimeError: an answer other than HTTP 200.
+        """
+        answers: list[dict[str, Any]] = self._checked(self.post("/generate", body)).json()
+        return answers
+
     def info(self) -> dict[str, Any]:
         """``/server_info``, with ``internal_states``."""
         return self._json(self.get("/server_info"))

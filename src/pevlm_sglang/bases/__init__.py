@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from pevlm_sglang.backend import PevlmBackend
@@ -16,25 +17,30 @@ def put_on(backend: Any, observer: Observer) -> None:
     class stays as it was.
 
     Raises:
-        UnsupportedError: no mixin for this backend.
+        UnsupportedError: no mixin for this backend, or a mode of it that PEVLM cannot build on.
     """
     mixin = _mixin(type(backend).__name__)
     backend.__class__ = type(f"Pevlm{type(backend).__name__}", (mixin, type(backend)), {})
     backend.pevlm_observer = observer
+    backend.pevlm_check()
     backend.pevlm_forget()
 
 
+_MIXINS = {
+    "FlashAttentionBackend": ("flash_attention", "PevlmFlashAttention"),
+    "FlashInferAttnBackend": ("flashinfer", "PevlmFlashInfer"),
+    "TorchNativeAttnBackend": ("torch_native", "PevlmTorchNative"),
+    "TritonAttnBackend": ("triton", "PevlmTriton"),
+}
+"""SGLang's class → our module and mixin; by name, since to import all of SGLang's backends would
+load every kernel library."""
+
+
 def _mixin(backend_name: str) -> type[PevlmBackend]:
-    # By name: importing every backend of SGLang would load every kernel library.
-    if backend_name == "TorchNativeAttnBackend":
-        from pevlm_sglang.bases.torch_native import PevlmTorchNative
-
-        return PevlmTorchNative
-    if backend_name == "TritonAttnBackend":
-        from pevlm_sglang.bases.triton import PevlmTriton
-
-        return PevlmTriton
-    raise UnsupportedError(
-        f"SGLang's attention backend {backend_name}: PEVLM cannot build on it; "
-        "choose one with --pevlm-base-backend fa3|flashinfer|triton|torch_native"
-    )
+    if backend_name not in _MIXINS:
+        raise UnsupportedError(
+            f"SGLang's attention backend {backend_name}: PEVLM cannot build on it; "
+            "choose one with --pevlm-base-backend fa3|flashinfer|triton|torch_native"
+        )
+    module, mixin = _MIXINS[backend_name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), mixin)

@@ -219,9 +219,8 @@ def sampled_frames(total_frames: int, video_fps: float, knobs: VideoKnobs) -> in
         frames = _rounded(knobs.nframes, _FRAME_FACTOR)
     else:
         least = _ceiled(knobs.min_frames, _FRAME_FACTOR)
-        most = _floored(knobs.max_frames, _FRAME_FACTOR)
         wanted = total_frames / video_fps * knobs.fps
-        frames = _floored(min(max(wanted, least), most, total_frames), _FRAME_FACTOR)
+        frames = _floored(min(max(wanted, least), knobs.max_frames, total_frames), _FRAME_FACTOR)
     if frames < _FRAME_FACTOR:
         raise ValueError(f"sampled frames: expected at least {_FRAME_FACTOR}, got {frames}")
     if frames > total_frames:

@@ -1,0 +1,32 @@
+# make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
+# make test   format, lint, types and tests
+# Both install what they need first, into .venv. PYTHON=... names another interpreter than python3.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install test lint demo clean
+
+install: $(INSTALLED)
+
+# Touched last, so that an installation that failed half-way starts again.
+$(INSTALLED): pyproject.toml tests/cpu_platform/pyproject.toml .ci/install
+	@PYTHON="$(PYTHON)" .ci/install
+	@touch $@
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+demo: install
+	$(BIN)/python benchmarks/demo.py
+
+# .venv stays: it takes minutes to build.
+clean:
+	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +

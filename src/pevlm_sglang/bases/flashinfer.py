@@ -1,0 +1,66 @@
+"""``flashinfer``: an own paged prefill wrapper, planned on virtual sequences.
+
+SGLang serves multimodal models through the paged wrapper, planned with pages of one token, whatever
+the page size of the pool; so are virtual sequences.
+Source: sglang/srt/layers/attention/flashinfer_backend.py (``PrefillMetadata``,
+``FlashInferIndicesUpdaterPrefill.call_begin_forward``, ``forward_extend``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pevlm_sglang.backend import PevlmBackend
+from pevlm_sglang.plan import VirtualSequence, build_plan
+from pevlm_sglang.support import UnsupportedError
+
+
+class PevlmFlashInfer(PevlmBackend):
+    """Mixin for ``FlashInferAttnBackend``."""
+
+    forward_metadata: Any
+
+    def pevlm_check(self) -> None:
+        if self.num_wrappers != 1:
+            raise UnsupportedError(
+                "flashinfer with a wrapper for sliding-window or cross-attention: expected plain "
+                "causal attention; serve this model without --attention-backend pevlm"
+            )
+        if self.prefill_uses_dequant_workspace:
+            raise UnsupportedError(
+                "flashinfer with a dequantised FP4 cache: a prefill reads a workspace there, not "
+                "cache slots; choose another --kv-cache-dtype"
+            )
+        # Not one of SGLang's own wrappers: those are re-planned for every dense batch.
+        paged = type(self.prefill_wrappers_paged[0])
+        self._pevlm_wrapper = paged(self.workspace_buffer, "NHD", backend=self.prefill_backend)
+
+    def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
+        plan = build_plan(
+            sequences, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
+        )
+        updater = self.indices_updater_prefill
+        self._pevlm_wrapper.begin_forward(
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.kv_indices.to(torch.int32),
+            torch.ones(plan.num_seqs, dtype=torch.int32, device=plan.kv_indices.device),
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            1,
+            q_data_type=updater.q_data_type,
+            kv_data_type=updater.data_type,
+            non_blocking=True,
+            fixed_split_size=self.prefill_split_tile_size,
+        )
+        self.forward_metadata = dataclasses.replace(
+            self.forward_metadata,
+            prefill_wrappers=[self._pevlm_wrapper],
+            use_ragged=False,
+            extend_no_prefix=False,
+        )

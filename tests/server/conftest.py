@@ -1,0 +1,116 @@
+"""Real SGLang servers on the CPU, shared by all tests here; at most one runs at a time.
+
+A test names its servers with ``@pytest.mark.parametrize("exchange", [...], indirect=True)``, and
+pytest orders the tests so that each server starts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.exchange import BATCH_ENV, Exchange
+from support.oracle import Oracle
+from support.server import Server
+from support.tiny import make_tiny_model
+from support.video import write_video
+
+CLIP_SIZE = (112, 84)  # pixels: 12 tokens a step, with the flag below
+FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How to start a server. Its default is 16-frame sinks and blocks on torch_native."""
+
+    flags: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = "qwen2_5_vl"
+    upstream_vision: bool = False
+
+
+DEPLOYMENTS = {
+    "chunk_257": Deployment(("--chunked-prefill-size", "257")),
+    "mixed_page_16": Deployment(
+        (
+            *("--chunked-prefill-size", "64", "--page-size", "16"),
+            *("--enable-mixed-chunk", "--disable-overlap-schedule"),
+        )
+    ),
+    "upstream_vision": Deployment(
+        (
+            *("--chunked-prefill-size", "8192", "--disable-radix-cache"),
+            *("--pevlm-vision-fixes", "false"),
+        ),
+        upstream_vision=True,
+    ),
+    "qwen2_vl_retracting": Deployment(
+        ("--chunked-prefill-size", "257", "--disable-radix-cache"),
+        {"SGLANG_TEST_RETRACT": "1"},
+        architecture="qwen2_vl",
+    ),
+    "triton": Deployment(
+        (
+            *("--chunked-prefill-size", "64", "--pevlm-base-backend", "triton"),
+            *("--disable-overlap-schedule", "--skip-server-warmup"),
+        ),
+        {"TRITON_INTERPRET": "1"},
+    ),
+    "two_ranks": Deployment(
+        ("--chunked-prefill-size", "8192", "--tp", "2"),
+        {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny model, by its architecture."""
+    directory = tmp_path_factory.mktemp("models")
+    return cache(lambda name: make_tiny_model(directory / name, architecture=name))
+
+
+@pytest.fixture(scope="session")
+def exchange(request: pytest.FixtureRequest, model: Callable[[str], Path]) -> Iterator[Exchange]:
+    """The server that the test names, beside its oracle."""
+    deployment = DEPLOYMENTS[request.param]
+    directory = model(deployment.architecture)
+    flags = ("--attention-backend", "pevlm", *FEW_TOKENS, *deployment.flags)
+    with Server(directory, *flags, env={**BATCH_ENV, **deployment.env}) as server:
+        oracle = Oracle(directory, upstream_vision=deployment.upstream_vision)
+        yield Exchange(server, oracle)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A video of some seconds, each one step of 12 tokens; another seed is another video."""
+    directory = tmp_path_factory.mktemp("clips")
+
+    @cache
+    def write(seconds: float, seed: int = 0) -> Path:
+        path = directory / f"{seconds}-{seed}.mp4"
+        return write_video(path, seconds=seconds, size=CLIP_SIZE, seed=seed)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """An image of 12 tokens, by its seed."""
+    from PIL import Image
+
+    directory = tmp_path_factory.mktemp("pictures")
+
+    @cache
+    def write(seed: int) -> Path:
+        path = directory / f"{seed}.png"
+        pixels = np.random.default_rng(seed).integers(0, 256, (*CLIP_SIZE[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return write

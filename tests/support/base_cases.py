@@ -1,0 +1,187 @@
+"""All cases of one base backend, in a process of its own: ``python -m support.base_cases BASE``.
+
+A process of its own, because Triton's interpreter and the emulated libraries have to be in place
+before anything is imported. Prints one JSON line: cases by kind, and the largest error.
+
+The fixtures are SGLang's own (sglang.test.kits.attention_unittest): its pool, its slot layouts, its
+forward batch and its reference for dense attention. What PEVLM adds is checked against a dense mask
+expanded from ``Layout.visible``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import unittest
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pevlm_kernels.reference import masked_attention
+
+HEAD_DIM = 32
+TOLERANCE = 2e-5  # fp32, a hidden size of 64
+
+
+@torch.no_grad()
+def main(base: str) -> None:
+    if base == "fa3":
+        from support.emulated_kernels import install_flash_attention
+
+        install_flash_attention()
+    if base == "flashinfer":
+        from support.emulated_kernels import install_flashinfer
+
+        install_flashinfer()
+    runs = {
+        "dense": dense_cases(base),
+        "planned": planned_cases(base),
+        "sparse": sparse_cases(base),
+    }
+    summary: dict[str, Any] = {"base": base}
+    worst = 0.0
+    for kind, errors in runs.items():
+        done = list(errors)
+        summary[kind] = len(done)
+        worst = max(worst, *done)
+    print(json.dumps({**summary, "max_error": worst}))
+    assert worst <= TOLERANCE, f"largest error {worst} > {TOLERANCE}"
+
+
+def dense_cases(base: str) -> Any:
+    """SGLang's dense kit through a backend with PEVLM put on: text requests are untouched."""
+    for case in _kit().make_dense_cases(base):
+        if base in ("fa3", "flashinfer") and case.forward_mode.is_decode():
+            continue  # decode is the base's own, and its kernels are not emulated
+        fixture = _fixture(case)
+        actual = _kit().run_dense_fixture_eager(fixture)
+        yield _error(actual, _kit().expected_dense_fixture_output(fixture))
+
+
+def planned_cases(base: str) -> Any:
+    """The kit's prefill cases again, forced through a plan of one virtual sequence a request."""
+    from pevlm_sglang.layout import Layout
+    from pevlm_sglang.plan import virtual_sequences
+
+    for case in _kit().make_dense_cases(base):
+        if case.forward_mode.is_decode():
+            continue
+        fixture = _fixture(case)
+        fixture.backend.init_forward_metadata(fixture.forward_batch)
+        layouts = [Layout()] * case.batch_size
+        sequences = virtual_sequences(layouts, case.prefix_lens, case.extend_lens)
+        fixture.backend.pevlm_plan(sequences, fixture.forward_batch)
+        actual = _forward(fixture)
+        yield _error(actual, _kit().expected_dense_fixture_output(fixture))
+
+
+def sparse_cases(base: str) -> Any:
+    """Batches of video, text and decode rows, cut anywhere, in pages of 1 and 16."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from pevlm_sglang.layout import FrameSpans, Layout
+    from pevlm_sglang.observe import RequestLayout
+
+    video = FrameSpans(tuple((5 + 6 * i, 11 + 6 * i) for i in range(7)))  # tokens [5, 47)
+    wide = Layout.build([video], sink_frames=1, block_frames=2)
+    no_sink = Layout.build([video], sink_frames=0, block_frames=3)
+    text = Layout()
+    batches = [
+        ([wide], (0,), (50,)),
+        ([wide], (20,), (30,)),  # the prefix ends inside a block, and inside a frame
+        ([wide, text, no_sink], (13, 9, 30), (21, 4, 17)),
+        ([text, wide, text], (40, 0, 0), (1, 25, 7)),  # a decode row in front
+        ([no_sink], (46, ), (3,)),  # a last token of a block, then the question
+    ]  # fmt: skip
+    for heads, kv_heads in ((4, 2), (4, 1)):
+        for page_size in (1, 16):
+            for layouts, prefix, extend in batches:
+                case = _kit().DenseAttentionCase(
+                    name="pevlm",
+                    backend=base,
+                    forward_mode=ForwardMode.EXTEND,
+                    num_heads=heads,
+                    num_kv_heads=kv_heads,
+                    page_size=page_size,
+                    prefix_lens=prefix,
+                    extend_lens=extend,
+                )
+                fixture = _fixture(case)
+                fixture.forward_batch.mm_inputs = [
+                    None if layout is text else SimpleNamespace(pevlm=RequestLayout(layout, None))
+                    for layout in layouts
+                ]
+                fixture.backend.init_forward_metadata(fixture.forward_batch)
+                assert fixture.backend.pevlm_observer.totals.sparse_forwards == 1
+                actual = _forward(fixture)
+                yield _error(actual, _expected_sparse(fixture, layouts))
+                # The next forward is dense again: nothing of the plan may stay behind.
+                fixture.forward_batch.mm_inputs = None
+                actual = _kit().run_dense_fixture_eager(fixture)
+                yield _error(actual, _kit().expected_dense_fixture_output(fixture))
+
+
+def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:
+    case, module = fixture.case, fixture.actual_module
+    outputs = []
+    inputs = fixture.input_hidden.split(case.extend_lens)
+    for layout, past, new in zip(layouts, fixture.prefix_hidden, inputs, strict=True):
+        q, k, v = (
+            x.view(len(past) + len(new), -1, HEAD_DIM)
+            for x in module.project_qkv(torch.cat([past, new]))
+        )
+        length = len(q)
+        mask = torch.tensor(
+            [[layout.visible(i, j) for j in range(length)] for i in range(len(past), length)]
+        )
+        out = masked_attention(q[len(past) :], k, v, mask, softmax_scale=module.attn.scaling)
+        outputs.append(module.o_proj(out.flatten(1)))
+    return torch.cat(outputs)
+
+
+def _kit() -> Any:
+    from sglang.test.kits.attention_unittest.attention_methods import dense_attention
+
+    return dense_attention
+
+
+class _NoSkip(unittest.TestCase):
+    """The kit skips a backend that it cannot construct. Here that is a failure."""
+
+    def skipTest(self, reason: Any) -> Any:  # noqa: N802 - unittest's name
+        raise AssertionError(f"skipped: {reason}")
+
+
+def _fixture(case: Any) -> Any:
+    from pevlm_sglang.bases import put_on
+    from pevlm_sglang.observe import Observer
+
+    fixture = _kit().build_dense_attention_fixture(
+        _NoSkip(),
+        case,
+        head_dim=HEAD_DIM,
+        hidden_size=64,
+        dtype=torch.float32,
+        device="cpu",
+        loc_layout="shuffled_pages",
+    )
+    fixture.backend.is_multimodal = True  # the kit's model is text
+    put_on(fixture.backend, Observer(log=False, metrics=False))
+    return fixture
+
+
+def _forward(fixture: Any) -> torch.Tensor:
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+    with forward_context(ForwardContext(attn_backend=fixture.backend)):
+        return fixture.actual_module(fixture.input_hidden, fixture.forward_batch)
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.isfinite(actual).all()
+    return (actual - expected).abs().max().item()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,143 @@
+"""observe.py: totals against the oracle's mask, however a prompt is chunked; log line, counters."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from test_layout import build, chunks, cut_sets
+from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
+
+from pevlm_sglang.layout import Layout
+from pevlm_sglang.observe import (
+    DENSE_REASONS,
+    DISABLED,
+    SHORT_VIDEO,
+    TEXT,
+    Observer,
+    RequestLayout,
+    Totals,
+)
+from pevlm_sglang.plan import virtual_sequences
+
+
+def observe(observer: Observer, *rows: tuple[RequestLayout, int, int]) -> None:
+    """One prefill batch of (request, prefix, extend)."""
+    requests, prefix_lens, extend_lens = (list(column) for column in zip(*rows, strict=True))
+    layouts = [request.layout for request in requests]
+    sequences = virtual_sequences(layouts, prefix_lens, extend_lens)
+    if all(sequence.piece.is_full for sequence in sequences):
+        observer.dense_batch(requests, prefix_lens, extend_lens)
+    else:
+        observer.sparse_batch(requests, sequences)
+
+
+def totals_of(*batches: list[tuple[RequestLayout, int, int]]) -> Totals:
+    observer = Observer(log=False, metrics=False)
+    for batch in batches:
+        observe(observer, *batch)
+    return observer.totals
+
+
+def sparse_request() -> RequestLayout:
+    """Sink [0, 4), blocks [4, 7), [7, 10), [10, 13), a question from 13 on."""
+    prompt = write(1, Video((3,) * 4), 7)
+    return RequestLayout(build(prompt, 1, 1), None)
+
+
+@given(prompts(), sinks, blocks, cut_sets)
+def test_totals_are_those_of_the_mask_for_any_chunking(
+    prompt: Prompt, sink: int, block: int, cuts: set[int]
+) -> None:
+    rows = visible_keys(prompt, sink, block)
+    layout = build(prompt, sink, block)
+    reason = None if layout.first_sparse is not None else SHORT_VIDEO
+    request = RequestLayout(layout, reason)
+    parts = chunks(cuts, len(prompt))
+    totals = totals_of(*([(request, start, end - start)] for start, end in parts))
+    missing = [q + 1 - len(row) for q, row in enumerate(rows)]
+    sparse = sum(count > 0 for count in missing)
+    assert totals.sparse_tokens == sparse
+    assert +totals.dense_tokens == +Counter({reason or "global_token": len(rows) - sparse})
+    assert totals.pairs_computed == sum(len(row) for row in rows)
+    assert totals.pairs_saved == sum(missing)
+    assert totals.sparse_forwards == sum(any(missing[start:end]) for start, end in parts)
+
+
+def test_golden_totals() -> None:
+    """A prompt from its second block on beside text and a decode row, then dense batches."""
+    short = RequestLayout(Layout(), SHORT_VIDEO)
+    totals = totals_of(
+        [(sparse_request(), 7, 8), (TEXT, 0, 5), (short, 9, 1)],
+        [(RequestLayout(Layout(), DISABLED), 0, 3)],
+        [(sparse_request(), 0, 7)],
+    )
+    # Two blocks of three against the sink of four, two tokens of the question; text; the row.
+    assert totals.describe() == {
+        "sparse_tokens": 6,
+        "dense_tokens": {
+            "no_video": 5,
+            "short_video": 1,
+            "disabled": 3,
+            "image_runs_off": 0,
+            "global_token": 2 + 7,
+        },
+        "pairs_computed": 2 * (5 + 6 + 7) + (14 + 15) + 15 + 10 + 6 + 28,
+        "pairs_saved": 3 * 3 + 3 * 6,
+        "sparse_forwards": 1,
+    }
+
+
+def test_nothing_observed_names_every_reason() -> None:
+    described = Totals().describe()
+    assert described["dense_tokens"] == dict.fromkeys(DENSE_REASONS, 0)
+    assert set(described) == set(vars(Totals()))
+
+
+def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A block that two chunks of one forward share counts once; requests' blocks count apart."""
+    observer = Observer(log=True, metrics=False)
+    with caplog.at_level(logging.INFO, "pevlm_sglang.observe"):
+        observe(observer, (sparse_request(), 8, 4), (sparse_request(), 10, 2), (TEXT, 0, 1))
+        observe(observer, (TEXT, 0, 4))
+    (message,) = caplog.messages
+    # Keys of the tokens 8 and 9, of 10 and 11 twice, of the text; over 9 + ... + 12, 11 + 12, 1.
+    computed, full = (6 + 7) + 2 * (5 + 6) + 1, (9 + 10 + 11 + 12) + (11 + 12) + 1
+    assert message == (
+        "PEVLM prefill batch, #req: 3, #token: 7, #sparse-token: 6, #block: 3, "
+        f"visible_fraction: {computed / full:.4f}"
+    )
+
+
+def test_silent_ranks_do_not_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pevlm_sglang.observe"):
+        totals_of([(sparse_request(), 0, 20)])
+    assert caplog.messages == []
+
+
+def test_prometheus_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    prometheus_client = pytest.importorskip("prometheus_client")
+    registry = prometheus_client.CollectorRegistry()
+    original = prometheus_client.Counter
+    monkeypatch.setattr(
+        prometheus_client, "Counter", lambda *args: original(*args, registry=registry)
+    )
+    observer = Observer(log=False, metrics=True)
+
+    def tokens(kind: str, reason: str) -> float | None:
+        labels = {"kind": kind, "reason": reason}
+        return registry.get_sample_value("pevlm_prefill_tokens_total", labels)
+
+    assert tokens("sparse", "") == 0.0, "there from the start"
+    assert [tokens("dense", reason) for reason in DENSE_REASONS] == [0.0] * len(DENSE_REASONS)
+    observe(observer, (sparse_request(), 7, 8), (TEXT, 0, 5))
+    observe(observer, (TEXT, 5, 1))
+    totals = observer.totals
+    assert tokens("sparse", "") == totals.sparse_tokens == 6
+    assert tokens("dense", "no_video") == 6
+    assert tokens("dense", "global_token") == 2
+    for kind, value in (("computed", totals.pairs_computed), ("saved", totals.pairs_saved)):
+        found = registry.get_sample_value("pevlm_attention_pairs_total", {"kind": kind})
+        assert found == value > 0
