@@ -1,6 +1,7 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make test   format, lint, types and tests
-# Both install what they need first, into .venv. PYTHON=... names another interpreter than python3.
+# Both install what they need first, into .venv. PYTHON=... names another interpreter than python3;
+# ARGS=... goes to pytest or to the demo.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,10 +22,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
 demo: install
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 # .venv stays: it takes minutes to build.
 clean:

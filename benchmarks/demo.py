@@ -3,9 +3,10 @@
     make demo
 
 Method. A video of noise and moving bars goes through the OpenAI API to a real SGLang server on the
-CPU, which serves a small random Qwen2.5-VL (wide enough for attention to matter, with a shallow
-vision tower). The same request is answered alternately under PEVLM and under full attention, which
-a request chooses by ``custom_params={"pevlm": {"enabled": false}}``; the medians are compared.
+CPU, which serves a small random Qwen2.5-VL: ten layers, so that attention matters as it does in a
+large model, behind a vision tower of one. The same request is answered alternately under PEVLM and
+under full attention, which a request chooses by ``custom_params={"pevlm": {"enabled": false}}``;
+the medians are compared.
 
 What makes the comparison fair:
 
@@ -16,12 +17,13 @@ What makes the comparison fair:
 - One chunk (``--chunked-prefill-size -1``). In chunks, SGLang's ``torch_native`` full attention
   computes the whole prefix again for each, which would be too weak a baseline.
 - One request under each before the clock starts, on a short video.
-- ``visible_fraction`` is counted by the server, not predicted, and the demo fails if full attention
-  saved a pair or PEVLM saved none.
+- ``visible_fraction`` is counted by the server, not predicted. The demo fails if full attention
+  saved a pair, PEVLM saved none, or either did not prefill the whole prompt.
 
 ``answer_logprob_diff`` is the largest absolute difference of the first answer token's log-prob,
 over the 20 tokens that are likeliest under full attention. With random weights, which spread
-attention evenly over the video, it shows that the two differ, and says nothing about accuracy.
+attention evenly over the video, it shows that the two masks differ, and says nothing about
+accuracy.
 
 Sample output:
 
@@ -52,21 +54,20 @@ from support.tiny import make_tiny_model
 from support.video import video_data_url, write_video
 
 WORK_DIR = Path(__file__).resolve().parent.parent / ".cache" / "demo"
-VIDEO_SECONDS = 128
+VIDEO_SECONDS = 144
 SAMPLED_FPS = 2.0  # what SGLang samples for Qwen's models
 FRAME_SIZE = (392, 280)  # 140 tokens a step of two frames
 WARM_UP_SECONDS = 24
 LIKELIEST = 20
 QUESTION = "What happens in the video?"
 MODEL: dict[str, Any] = {
-    "num_layers": 6,
-    "hidden_size": 512,
-    "num_heads": 8,
+    "num_layers": 10,
+    "hidden_size": 256,
+    "num_heads": 4,
     "num_kv_heads": 2,
-    "intermediate_size": 512,
-    "vision_depth": 2,
+    "intermediate_size": 256,
+    "vision_depth": 1,
 }
-VOCABULARY = 320  # all of the tiny model's tokens
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,17 @@ class Answer:
         return self.pairs_computed / (self.pairs_computed + self.pairs_saved)
 
 
-def ask(server: Server, client: openai.OpenAI, video: str, *, pevlm: bool) -> Answer:
+def ask(
+    server: Server, client: openai.OpenAI, video: str, *, vocabulary: int, pevlm: bool
+) -> Answer:
     """One streamed request on empty caches.
 
     Args:
         video: as a ``data:`` URL.
+        vocabulary: the model's number of tokens, for the log-probs of all.
         pevlm: False asks for full attention.
     """
-    flushed = server.post("/flush_cache")
+    flushed = server.post("/flush_cache?timeout=10")
     if flushed.status_code != 200:
         sys.exit(f"demo: /flush_cache: expected HTTP 200, got {flushed.status_code}")
     content: Any = [  # the client has no type for `video_url`, an extension of SGLang
@@ -113,7 +117,7 @@ def ask(server: Server, client: openai.OpenAI, video: str, *, pevlm: bool) -> An
         max_tokens=4,
         temperature=0,
         logprobs=True,
-        top_logprobs=VOCABULARY,
+        top_logprobs=vocabulary,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"custom_params": {"pevlm": {"enabled": pevlm}}},
@@ -126,8 +130,9 @@ def ask(server: Server, client: openai.OpenAI, video: str, *, pevlm: bool) -> An
         first = chunk.choices[0].logprobs if chunk.choices and not logprobs else None
         if first and first.content:
             ttft = time.perf_counter() - start
-            likely = first.content[0].top_logprobs
-            logprobs = {bytes(token.bytes or ()): token.logprob for token in likely}
+            tokens = first.content[0].top_logprobs
+            # The ids beyond the tokenizer's have no bytes to tell them apart.
+            logprobs = {bytes(token.bytes): token.logprob for token in tokens if token.bytes}
     if not logprobs or not prompt_tokens:
         sys.exit("demo: expected a streamed answer with log-probs and usage, got none")
     after = counters(server)
@@ -147,7 +152,7 @@ def counters(server: Server) -> dict[str, Any]:
 
 
 def check(pevlm: Answer, full: Answer) -> None:
-    """End with an error unless each ran what it was asked to run."""
+    """End with an error unless each ran what it was asked to run, on empty caches."""
     if not pevlm.pairs_saved:
         sys.exit(
             "demo: PEVLM was not active: expected saved attention pairs in /server_info, got 0; "
@@ -158,6 +163,13 @@ def check(pevlm: Answer, full: Answer) -> None:
             "demo: the baseline was not full attention: expected no saved attention pairs, "
             f"got {full.pairs_saved}"
         )
+    for answer in (pevlm, full):
+        pairs = answer.prompt_tokens * (answer.prompt_tokens + 1) // 2
+        if answer.pairs_computed + answer.pairs_saved != pairs:
+            sys.exit(
+                f"demo: expected a prefill of the whole prompt, {pairs} attention pairs, got "
+                f"{answer.pairs_computed + answer.pairs_saved}; a cache served part of it"
+            )
 
 
 def logprob_difference(pevlm: Answer, full: Answer) -> float:
@@ -231,10 +243,14 @@ def main() -> None:
         help="for model, videos and the server's log (default: .cache/demo)",
     )
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected >= 1, got {options.repeats}")
     work: Path = options.work_dir
 
     print(card(), flush=True)
     model = make_tiny_model(work / "model", **MODEL)
+    model_config = json.loads((model / "config.json").read_text())
+    vocabulary = int(model_config["text_config"]["vocab_size"])
     video, short = (
         video_data_url(
             write_video(work / f"{seconds}s.mp4", seconds=seconds, fps=SAMPLED_FPS, size=FRAME_SIZE)
@@ -257,10 +273,10 @@ def main() -> None:
             http_client=openai.DefaultHttpxClient(trust_env=False),
         )
         for pevlm in runs:
-            ask(server, client, short, pevlm=pevlm)
+            ask(server, client, short, vocabulary=vocabulary, pevlm=pevlm)
         for repeat in range(options.repeats):
             for pevlm, answers in runs.items():
-                answers.append(ask(server, client, video, pevlm=pevlm))
+                answers.append(ask(server, client, video, vocabulary=vocabulary, pevlm=pevlm))
             check(runs[True][-1], runs[False][-1])
             print(
                 f"run {repeat + 1} of {options.repeats}: full {runs[False][-1].ttft:.2f} s, "

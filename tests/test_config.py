@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pevlm_sglang import arguments
 from pevlm_sglang.arguments import ArgumentConflictError, given_flags, requested
-from pevlm_sglang.config import BASE_BACKENDS, PevlmConfig, load_file, resolve
+from pevlm_sglang.config import BASE_BACKENDS, MAX_FRAMES, PevlmConfig, load_file, resolve
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
 ALL = (*PER_REQUEST, "base_backend", "vision_fixes")
@@ -85,8 +85,15 @@ def test_every_base_backend_is_accepted(backend: str) -> None:
 
 
 def test_extreme_values_that_are_legal() -> None:
-    config = PevlmConfig(sink_frames=0, block_frames=10**18)
+    config = PevlmConfig(sink_frames=0, block_frames=MAX_FRAMES)
     assert config.override({}) == config
+
+
+def test_a_number_beyond_any_context_is_refused() -> None:
+    for number in (MAX_FRAMES + 1, 10**4000):
+        with pytest.raises(ValueError, match="block_frames: expected <= 1000000, got ") as caught:
+            PevlmConfig(block_frames=number)
+        assert len(str(caught.value)) < LONGEST_MESSAGE
 
 
 # --- Precedence: defaults < file < flags < request -----------------------------------------------

@@ -52,6 +52,8 @@ def pevlm_prefill(
 def _check(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: PrefillPlan
 ) -> None:
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 3:
             raise ValueError(
@@ -72,7 +74,7 @@ def _check(
             f"k_cache, v_cache: expected [slots, kv_heads, {q.shape[2]}] and the same slots and "
             f"heads, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
-    if q.shape[1] % k_cache.shape[1]:
+    if not k_cache.shape[1] or q.shape[1] % k_cache.shape[1]:
         raise ValueError(
             f"q: expected a multiple of {k_cache.shape[1]} key-value heads, "
             f"got {q.shape[1]} query heads"

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "triton", "torch_native")
+
+MAX_FRAMES = 1_000_000
+"""More sampled frames than any context holds; a bound, so that a number can always be handled."""
 
 RULES_VERSION = 1
 """Part of the cache namespace: raise it when ``layout.py`` gives the same setting another mask."""
@@ -60,8 +64,10 @@ class PevlmConfig:
                     f"{option.name}: expected {expected.__name__}, got {_shown(value)}"
                 )
         for name, least in (("sink_frames", 0), ("block_frames", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not least <= value <= MAX_FRAMES:
+                bound = f">= {least}" if value < least else f"<= {MAX_FRAMES}"
+                raise ValueError(f"{name}: expected {bound}, got {_shown(value)}")
         if self.base_backend not in BASE_BACKENDS:
             raise ValueError(
                 f"base_backend: expected one of {', '.join(BASE_BACKENDS)}, "
@@ -149,7 +155,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"pevlm config {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ValueError(f"pevlm config {path}: not valid YAML: {error}") from None
     if content is None:
         return {}
@@ -175,5 +181,5 @@ def _check_names(names: Iterable[Any], valid: tuple[str, ...]) -> None:
 
 def _shown(value: Any) -> str:
     """A value for an error message, cut so that a huge request cannot flood the log."""
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

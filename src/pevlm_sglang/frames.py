@@ -63,13 +63,10 @@ class SpanRule:
         for item in items:
             if item.is_video():
                 videos += self.family.video_spans(item, self.frames_per_step)
-            elif item.is_image():
+            elif image_runs and item.is_image():
                 images += item_ranges(item)
-        videos.sort(key=lambda video: video.start)
-        if image_runs:
-            videos += _runs(sorted(images), videos)
-            videos.sort(key=lambda video: video.start)
-        return videos
+        videos += _runs(sorted(images), videos)
+        return sorted(videos, key=lambda video: video.start)
 
 
 def item_ranges(item: Any) -> list[Range]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.frames import FrameSpanError, SpanRule
+from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import Layout
 from pevlm_sglang.observe import DISABLED, IMAGE_RUNS_OFF, NO_VIDEO, SHORT_VIDEO, RequestLayout
 
@@ -46,7 +46,7 @@ def on_queued(req: Any, rule: SpanRule) -> None:
     if error is None and req.multimodal_inputs is not None:
         try:
             layout = lay_out(req.multimodal_inputs.mm_items, rule, req.pevlm_config)
-        except FrameSpanError as refusal:
+        except ValueError as refusal:  # FrameSpanError, or spans that make no layout
             error = str(refusal)
         else:
             if req.session is not None:
@@ -61,7 +61,8 @@ def lay_out(items: list[Any], rule: SpanRule, config: PevlmConfig) -> RequestLay
     """The layout of a request's multimodal items.
 
     Raises:
-        FrameSpanError: the items do not say where the frames lie.
+        ValueError: the items do not say where the frames lie (``FrameSpanError``), or say it of
+            frames that overlap.
     """
     if not config.enabled:
         return RequestLayout(Layout(), DISABLED)

@@ -1,7 +1,7 @@
 """Real SGLang servers on the CPU, shared by all tests here; at most one runs at a time.
 
-A test names its servers with ``@pytest.mark.parametrize("exchange", [...], indirect=True)``, and
-pytest orders the tests so that each server starts once.
+A test names its servers with ``@pytest.mark.parametrize("exchange", [...], indirect=True)``. The
+tests of one server run one after the other, so that each server starts once.
 """
 
 from __future__ import annotations
@@ -61,11 +61,22 @@ DEPLOYMENTS = {
         ),
         {"TRITON_INTERPRET": "1"},
     ),
-    "two_ranks": Deployment(
+    "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),
-        {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_TEST_RETRACT": "1"},
     ),
 }
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own order
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = [None, *DEPLOYMENTS]
+
+    def place(item: pytest.Item) -> int:
+        callspec = getattr(item, "callspec", None)
+        return order.index(callspec.params.get("exchange") if callspec else None)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +92,8 @@ def exchange(request: pytest.FixtureRequest, model: Callable[[str], Path]) -> It
     deployment = DEPLOYMENTS[request.param]
     directory = model(deployment.architecture)
     flags = ("--attention-backend", "pevlm", *FEW_TOKENS, *deployment.flags)
-    with Server(directory, *flags, env={**BATCH_ENV, **deployment.env}) as server:
+    env = {**BATCH_ENV, **deployment.env}
+    with Server(directory, *flags, env=env, startup_timeout=600) as server:
         oracle = Oracle(directory, upstream_vision=deployment.upstream_vision)
         yield Exchange(server, oracle)
 

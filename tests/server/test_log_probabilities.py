@@ -27,7 +27,7 @@ def test_sizes(exchange: Exchange, clip: Clip, sink_frames: int, block_frames: i
     exchange.check(about(clip(30), setting=Setting(sink_frames, block_frames)))
 
 
-@pytest.mark.parametrize("exchange", ["qwen2_vl_retracting", "two_ranks"], indirect=True)
+@pytest.mark.parametrize("exchange", ["qwen2_vl_retracting", "two_ranks_retracting"], indirect=True)
 @pytest.mark.parametrize("setting", [Setting(16, 16), Setting(3, 5), Setting(0, 2), None])
 def test_model_and_ranks(exchange: Exchange, clip: Clip, setting: Setting | None) -> None:
     exchange.check(about(clip(30), setting=setting))

@@ -128,20 +128,20 @@ class Exchange:
     def expected(self, question: Question, answer: Answer, setting: Setting | None) -> torch.Tensor:
         """``[prompt + answer - 1, vocabulary]`` log-probabilities of the oracle, given the
         server's own answer."""
-        inputs = self._inputs(question)
+        inputs = self.inputs(question)
         assert inputs["input_ids"].shape[1] == answer.prompt_tokens
         return self.oracle.logprobs(inputs, setting, answer.tokens)[:-1]
 
     def sparse_positions(self, question: Question) -> list[int]:
         """Positions of the prompt that attend to less than everything before them."""
-        inputs = self._inputs(question)
+        inputs = self.inputs(question)
         mask = self.oracle.mask(inputs, question.setting, inputs["input_ids"].shape[1])
         return [q for q, row in enumerate(mask) if row.sum() < q + 1]
 
-    def sparse_tokens(self) -> int:
-        """The server's count of prefill tokens under PEVLM's mask."""
-        totals: Mapping[str, Any] = self.server.info()["internal_states"][0]["pevlm"]
-        return int(totals["sparse_tokens"])
+    def totals(self) -> dict[str, Any]:
+        """The server's own count of what PEVLM did."""
+        totals: dict[str, Any] = self.server.info()["internal_states"][0]["pevlm"]
+        return totals
 
     def check(self, *questions: Question) -> list[Answer]:
         """Ask in one batch; every answer must equal the oracle's, and PEVLM must have computed
@@ -150,9 +150,9 @@ class Exchange:
         Raises:
             AssertionError: says which question, and by how much.
         """
-        before = self.sparse_tokens()
+        before = self.totals()["sparse_tokens"]
         answers = self.ask(*questions)
-        computed = self.sparse_tokens() - before
+        computed = self.totals()["sparse_tokens"] - before
         self.compare(questions, answers)
         expected = sum(
             position >= answer.cached_tokens
@@ -184,9 +184,10 @@ class Exchange:
 
     def flush(self) -> None:
         """Empty the server's prefix cache."""
-        assert self.server.post("/flush_cache").status_code == 200
+        assert self.server.post("/flush_cache?timeout=30").status_code == 200
 
-    def _inputs(self, question: Question) -> Any:
+    def inputs(self, question: Question) -> Any:
+        """The question as the oracle takes it."""
         from PIL import Image
 
         images = [Image.open(image).convert("RGB") for image in question.images]

@@ -24,6 +24,10 @@ DEFAULT_FLAGS = (
     *("--max-total-tokens", "40000"),
     "--sleep-on-idle",  # or the scheduler spins on a core that the client needs
 )
+COMMANDS = {
+    "launch_server": (sys.executable, "-m", "sglang.launch_server"),
+    "serve": (str(Path(sys.executable).with_name("sglang")), "serve"),
+}
 LOG_TAIL = 4000  # characters of the log in an error
 STOP_TIMEOUT = 10.0  # seconds for a clean exit, before the process group is killed
 KILL_TIMEOUT = 3.0  # seconds for the killed group to vanish; in a container without init it stays
@@ -48,6 +52,7 @@ class Server:
         log_path: Path | None = None,
         startup_timeout: float = 240.0,
         port: int | None = None,
+        command: str = "launch_server",
     ) -> None:
         """
         Args:
@@ -57,6 +62,8 @@ class Server:
             log_path: where stdout and stderr go; None is a file that goes with the server.
             startup_timeout: seconds until the server must be ready.
             port: None takes a free one.
+            command: ``launch_server`` (``python -m sglang.launch_server``) or ``serve``
+                (``sglang serve``).
         """
         self._port = port or _free_port()
         self._log_is_temporary = log_path is None
@@ -67,7 +74,7 @@ class Server:
         self._log_path = Path(log_path)
         self._startup_timeout = startup_timeout
         self._command = [
-            *(sys.executable, "-m", "sglang.launch_server"),
+            *COMMANDS[command],
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--model-path", str(model)),
             *DEFAULT_FLAGS,
@@ -77,6 +84,10 @@ class Server:
             **os.environ,
             "SGLANG_PLATFORM": "pevlm_cpu",
             "HF_HUB_OFFLINE": "1",
+            # Threads that spin at a barrier starve whatever shares a small machine with them.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # torch.compile on the CPU wants a C++ compiler, and seconds of each new shape.
+            "TORCHDYNAMO_DISABLE": "1",
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,6 +130,11 @@ class Server:
     ) -> requests.Response:
         """POST JSON to a path; the status is the caller's to judge."""
         return self._session.post(self.url + path, json=json, timeout=timeout)
+
+    def post_text(self, path: str, body: str) -> requests.Response:
+        """POST a body as it stands, JSON or not; the status is the caller's to judge."""
+        headers = {"Content-Type": "application/json"}
+        return self._session.post(self.url + path, data=body, headers=headers, timeout=60.0)
 
     def chat(self, content: str | list[dict[str, Any]], **body: Any) -> dict[str, Any]:
         """One user message through ``/v1/chat/completions``, greedy unless ``body`` says otherwise.

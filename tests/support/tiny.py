@@ -165,6 +165,7 @@ def _write_weights(directory: Path, token_ids: dict[str, int], settings: dict[st
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     old = settings["architecture"] == "qwen2_vl"
     prefix = "Qwen2VL" if old else "Qwen2_5_VL"
     config = getattr(transformers, f"{prefix}Config")(

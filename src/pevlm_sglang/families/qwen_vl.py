@@ -38,7 +38,7 @@ def video_spans(item: Any, frames_per_step: int) -> list[FrameSpans]:
     grid = item.model_specific_data.get("video_grid_thw")
     if grid is None:
         raise FrameSpanError("video item: expected video_grid_thw, got none")
-    rows = grid.tolist()
+    rows = grid.tolist() if hasattr(grid, "tolist") else grid
     if len(rows) != len(ranges):
         raise FrameSpanError(
             f"video item: expected one offset a video ({len(rows)} in video_grid_thw), "
@@ -52,7 +52,7 @@ def video_spans(item: Any, frames_per_step: int) -> list[FrameSpans]:
 
 def _equal_steps(start: int, end: int, steps: int) -> list[tuple[int, int]]:
     length, rest = divmod(end - start, max(steps, 1))
-    if steps < 1 or rest or not length:
+    if steps < 1 or rest or length < 1:
         raise FrameSpanError(
             f"video of {steps} steps: expected a number of tokens that splits into equal steps, "
             f"got {end - start}"

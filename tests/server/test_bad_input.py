@@ -1,0 +1,183 @@
+"""Bad input costs one clear 4xx, and nothing else: the server answers the next request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server.conftest import FEW_TOKENS
+
+from support.server import Server
+from support.video import video_data_url
+
+pytestmark = pytest.mark.server
+
+QUESTION = {"type": "text", "text": "What happens in the video?"}
+
+
+@pytest.fixture(scope="module")
+def server(model: Callable[[str], Path]) -> Iterator[Server]:
+    small = ("--context-length", "2048", "--pevlm-sink-frames", "4", "--pevlm-block-frames", "4")
+    flags = ("--attention-backend", "pevlm", "--enable-metrics", *FEW_TOKENS, *small)
+    with Server(model("qwen2_5_vl"), *flags) as server:
+        yield server
+
+
+@pytest.fixture
+def ask(server: Server, clip: Callable[..., Path]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Send a message; afterwards the server must answer an ordinary one."""
+
+    def send(*parts: dict[str, Any], **body: Any) -> tuple[int, str]:
+        message = {"role": "user", "content": [*parts, QUESTION]}
+        response = server.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [message], "max_tokens": 2, "temperature": 0, **body},
+        )
+        return response.status_code, response.text
+
+    yield send
+    status, answer = send(_video(video_data_url(clip(10))))
+    assert status == 200, answer
+
+
+def _video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def _data_url(content: bytes, directory: Path) -> str:
+    path = directory / "broken.mp4"
+    path.write_bytes(content)
+    return video_data_url(path)
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "empty", "no frames", "missing file"])
+def test_broken_video(
+    kind: str, ask: Callable[..., tuple[int, str]], clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    if kind == "corrupt":
+        url = _data_url(clip(10).read_bytes()[:3000] + bytes(3000), tmp_path)
+    elif kind == "empty":
+        url = _data_url(b"", tmp_path)
+    elif kind == "no frames":
+        url = video_data_url(_sound_only(tmp_path / "sound.mp4"))
+    else:
+        url = "/nowhere/video.mp4"
+    status, answer = ask(_video(url))
+    assert status == 400
+    assert "VIDEO data at index 0" in answer
+
+
+def test_one_frame(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
+    status, answer = ask(_video(video_data_url(clip(0.25))))
+    assert status == 400
+    assert "nframes" in answer
+
+
+def test_longer_than_the_context(
+    ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]
+) -> None:
+    status, answer = ask(_video(video_data_url(clip(200))))
+    assert status == 400
+    assert "longer than the model's context length (2048 tokens)" in answer
+
+
+def test_a_hundred_videos(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
+    """No bad input, only much of it."""
+    status, answer = ask(*[_video(video_data_url(clip(0.5)))] * 100)
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ({"sink_frames": -1}, "sink_frames: expected >= 0, got -1"),
+        ({"block_frames": 0}, "block_frames: expected >= 1, got 0"),
+        ({"sink_frames": "NaN"}, "sink_frames: expected int, got 'NaN'"),
+        ({"sink_frames": 1e300}, "sink_frames: expected int, got 1e+300"),
+        ({"enabled": 1}, "enabled: expected bool, got 1"),
+        ({"sinks": 2}, "valid options: enabled, sink_frames, block_frames, image_runs"),
+        ({"base_backend": "triton"}, "unknown option 'base_backend'"),
+        ({f"key{i}": i for i in range(50_000)}, "and 49997 more"),
+        ([1, 2], "expected a mapping"),
+    ],
+)
+@pytest.mark.parametrize("with_video", [True, False])
+def test_bad_override(
+    override: Any,
+    reason: str,
+    with_video: bool,
+    ask: Callable[..., tuple[int, str]],
+    clip: Callable[..., Path],
+) -> None:
+    parts = [_video(video_data_url(clip(10)))] if with_video else []
+    status, answer = ask(*parts, custom_params={"pevlm": override})
+    assert status == 400
+    assert "PEVLM: custom_params['pevlm']: " in answer
+    assert reason in answer
+    assert len(answer) < 1000
+
+
+def test_not_a_number_in_the_body(server: Server) -> None:
+    body = (
+        '{"model": "tiny", "messages": [{"role": "user", "content": "hi"}],'
+        ' "custom_params": {"pevlm": {"sink_frames": NaN}}}'
+    )
+    response = server.post_text("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert server.alive()
+
+
+def test_bad_override_with_prompt_logprobs(server: Server) -> None:
+    """The reason survives what SGLang checks after PEVLM did."""
+    response = server.post(
+        "/generate",
+        {
+            "text": "a b c d e f",
+            "return_logprob": True,
+            "logprob_start_len": 3,
+            "sampling_params": {"max_new_tokens": 1, "custom_params": {"pevlm": {"x": 1}}},
+        },
+    )
+    assert response.status_code == 400
+    assert "unknown option 'x'" in response.text
+
+
+def test_counters(server: Server, clip: Callable[..., Path]) -> None:
+    """``/metrics`` and ``/server_info`` count the same, and count this request."""
+    server.post("/flush_cache")
+    before = _counters(server)
+    answer = server.chat(
+        [_video(video_data_url(clip(10, seed=9))), QUESTION],
+        max_tokens=2,
+        custom_params={"pevlm": {"sink_frames": 2, "block_frames": 2}},
+    )
+    tokens = answer["usage"]["prompt_tokens"]
+    grown = {name: value - before[name] for name, value in _counters(server).items()}
+    assert grown['pevlm_prefill_tokens_total{kind="sparse",reason=""}'] == 8 * 12  # 2nd block on
+    dense = 'pevlm_prefill_tokens_total{kind="dense",reason="global_token"}'
+    assert grown[dense] == tokens - 8 * 12
+    computed = grown['pevlm_attention_pairs_total{kind="computed"}']
+    saved = grown['pevlm_attention_pairs_total{kind="saved"}']
+    assert computed + saved == tokens * (tokens + 1) / 2
+    assert saved > 0
+    totals = server.info()["internal_states"][0]["pevlm"]
+    assert (
+        totals["sparse_tokens"]
+        == _counters(server)['pevlm_prefill_tokens_total{kind="sparse",reason=""}']
+    )
+    assert f"#sparse-token: {8 * 12}, #block: 8, visible_fraction: " in server.log()
+
+
+def _counters(server: Server) -> dict[str, float]:
+    lines = [line for line in server.metrics().splitlines() if line.startswith("pevlm_")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def _sound_only(path: Path) -> Path:
+    import torch
+    from torchcodec.encoders import AudioEncoder
+
+    AudioEncoder(torch.zeros(1, 16000), sample_rate=16000).to_file(path)
+    return path
