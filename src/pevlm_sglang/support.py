@@ -34,6 +34,7 @@ _REFUSALS = (
     _Refusal("enable_unified_memory", (False,), _MEMORY),
     _Refusal("enable_page_major_kv_layout", (False,), _MEMORY),
     _Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
+    _Refusal("speculative_adaptive", (False,), "it swaps in backends of its own at run time"),
     _Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
     _Refusal("encoder_only", (False,), "plugins are not loaded in the encoder server"),
     _Refusal(

@@ -208,7 +208,7 @@ def sample(video: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(str(video))
-    total, fps = len(decoder), decoder.metadata.average_fps
+    total, fps = len(decoder), float(decoder.metadata.average_fps or 0)
     count = int(min(max(total / fps * SAMPLED_FPS, 4), total)) // 2 * 2
     indices = np.linspace(0, total - 1, count, dtype=np.int64)
     frames = decoder.get_frames_at(indices.tolist()).data

@@ -1,0 +1,71 @@
+"""A video reaches the server by path, by file, http and data URL, and in every turn of a chat."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.exchange import Exchange
+from support.video import video_data_url
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True),
+]
+
+SMALL = {"pevlm": {"sink_frames": 2, "block_frames": 4}}
+
+
+@pytest.fixture
+def http_url(clip: Callable[..., Path]) -> Iterator[str]:
+    """The clip on a web server of the loopback."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(clip(10).parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{clip(10).name}"
+        server.shutdown()
+
+
+def _sparse_tokens(exchange: Exchange) -> int:
+    return exchange.server.info()["internal_states"][0]["pevlm"]["sparse_tokens"]
+
+
+def _video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "http", "data"])
+def test_ways_to_send_a_video(
+    kind: str, exchange: Exchange, clip: Callable[..., Path], http_url: str
+) -> None:
+    url = {
+        "path": str(clip(10)),
+        "file": clip(10).as_uri(),
+        "http": http_url,
+        "data": video_data_url(clip(10)),
+    }[kind]
+    exchange.server.post("/flush_cache")
+    before = _sparse_tokens(exchange)
+    exchange.server.chat([_video(url)], max_tokens=2, custom_params=SMALL)
+    assert _sparse_tokens(exchange) - before == 7 * 12  # the sink and the first block see all
+
+
+def test_turns_of_a_chat(exchange: Exchange, clip: Callable[..., Path]) -> None:
+    """A second video in a second turn: both are sparse. (SGLang hashes the videos of a prompt as
+    one, so the first turn is no prefix hit, with or without PEVLM.)"""
+    exchange.server.post("/flush_cache")
+    first = [_video(video_data_url(clip(10))), {"type": "text", "text": "What happens?"}]
+    second = [{"type": "text", "text": "And here?"}, _video(video_data_url(clip(8, seed=3)))]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": first}]
+    body = {"model": "tiny", "max_tokens": 2, "temperature": 0, "custom_params": SMALL}
+    answer = exchange.server.post("/v1/chat/completions", {**body, "messages": messages}).json()
+    messages += [answer["choices"][0]["message"], {"role": "user", "content": second}]
+    before = _sparse_tokens(exchange)
+    exchange.server.post("/v1/chat/completions", {**body, "messages": messages})
+    assert _sparse_tokens(exchange) - before == 7 * 12 + 7 * 12
