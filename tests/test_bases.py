@@ -33,5 +33,5 @@ def test_base_backend(base: str, dense: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert (summary["dense"], summary["planned"], summary["sparse"]) == (dense, 9, 40)
+    assert (summary["dense"], summary["planned"], summary["sparse"]) == (dense, 9, 20)
     assert summary["max_error"] < 2e-5

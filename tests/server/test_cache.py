@@ -16,9 +16,7 @@ Clip = Callable[..., Path]
 pytestmark = pytest.mark.server
 one_server = pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
 servers = pytest.mark.parametrize(
-    "exchange",
-    ["chunk_257", "mixed_page_16", "triton", "two_ranks_retracting"],
-    indirect=True,
+    "exchange", ["chunk_257", "mixed_page_16", "triton", "two_ranks_retracting"], indirect=True
 )
 
 

@@ -121,6 +121,28 @@ def test_longest_gap_of_an_image_run(exchange: Exchange, picture: Picture, gap: 
 
 
 @one_server
+def test_image_run_grows(exchange: Exchange, picture: Picture) -> None:
+    """The second turn goes on with the run of the first, whose keys are in the cache."""
+    images = tuple(picture(i) for i in range(7))
+    setting = Setting(2, 2, True)
+    exchange.flush()
+    first = Question(SYSTEM + user(4 * IMAGE), images=images[:4], setting=setting)
+    [answer] = exchange.check(first)
+    turn = first.text + "Good.<|im_end|>\n" + user(3 * IMAGE + "And now?")
+    [second] = exchange.check(Question(turn, (), images, setting, start=answer.prompt_tokens))
+    assert second.cached_tokens == answer.prompt_tokens
+
+
+@one_server
+def test_video_inside_an_image_run_ends_it(
+    exchange: Exchange, clip: Clip, picture: Picture
+) -> None:
+    images = tuple(picture(i) for i in range(6))
+    text = SYSTEM + user(3 * IMAGE + VIDEO + 3 * IMAGE)  # a video of 24 tokens, less than a gap
+    exchange.check(Question(text, (clip(2),), images, Setting(1, 1, True)))
+
+
+@one_server
 def test_image_run_beside_a_video(exchange: Exchange, clip: Clip, picture: Picture) -> None:
     """Two sampled frames a step in the video, one in the run."""
     images = tuple(picture(i) for i in range(5))

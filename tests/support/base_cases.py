@@ -94,32 +94,31 @@ def sparse_cases(base: str) -> Any:
         ([text, wide, text], (40, 0, 0), (1, 25, 7)),  # a decode row in front
         ([no_sink], (46, ), (3,)),  # a last token of a block, then the question
     ]  # fmt: skip
-    for heads, kv_heads in ((4, 2), (4, 1)):
-        for page_size in (1, 16):
-            for layouts, prefix, extend in batches:
-                case = _kit().DenseAttentionCase(
-                    name="pevlm",
-                    backend=base,
-                    forward_mode=ForwardMode.EXTEND,
-                    num_heads=heads,
-                    num_kv_heads=kv_heads,
-                    page_size=page_size,
-                    prefix_lens=prefix,
-                    extend_lens=extend,
-                )
-                fixture = _fixture(case)
-                fixture.forward_batch.mm_inputs = [
-                    None if layout is text else SimpleNamespace(pevlm=RequestLayout(layout, None))
-                    for layout in layouts
-                ]
-                fixture.backend.init_forward_metadata(fixture.forward_batch)
-                assert fixture.backend.pevlm_observer.totals.sparse_forwards == 1
-                actual = _forward(fixture)
-                yield _error(actual, _expected_sparse(fixture, layouts))
-                # The next forward is dense again: nothing of the plan may stay behind.
-                fixture.forward_batch.mm_inputs = None
-                actual = _kit().run_dense_fixture_eager(fixture)
-                yield _error(actual, _kit().expected_dense_fixture_output(fixture))
+    for kv_heads, page_size in ((2, 1), (1, 16)):
+        for layouts, prefix, extend in batches:
+            case = _kit().DenseAttentionCase(
+                name="pevlm",
+                backend=base,
+                forward_mode=ForwardMode.EXTEND,
+                num_heads=4,
+                num_kv_heads=kv_heads,
+                page_size=page_size,
+                prefix_lens=prefix,
+                extend_lens=extend,
+            )
+            fixture = _fixture(case)
+            fixture.forward_batch.mm_inputs = [
+                None if layout is text else SimpleNamespace(pevlm=RequestLayout(layout, None))
+                for layout in layouts
+            ]
+            fixture.backend.init_forward_metadata(fixture.forward_batch)
+            assert fixture.backend.pevlm_observer.totals.sparse_forwards == 1
+            actual = _forward(fixture)
+            yield _error(actual, _expected_sparse(fixture, layouts))
+            # The next forward is dense again: nothing of the plan may stay behind.
+            fixture.forward_batch.mm_inputs = None
+            actual = _kit().run_dense_fixture_eager(fixture)
+            yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
 def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:

@@ -102,7 +102,8 @@ class Oracle:
             videos = self.spans(inputs, "video")
             frames_per_step = [self.model.config.vision_config.temporal_patch_size] * len(videos)
         if setting and setting.image_runs:
-            runs = _image_runs([step for (step,) in self.spans(inputs, "image")])
+            images = [step for (step,) in self.spans(inputs, "image")]
+            runs = _image_runs(images, [video[0][0] for video in videos])
             videos, frames_per_step = videos + runs, frames_per_step + [1] * len(runs)
         order = sorted(range(len(videos)), key=lambda i: videos[i][0])
         sink, block = (setting.sink_frames, setting.block_frames) if setting else (0, 1)
@@ -216,14 +217,16 @@ def sample(video: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     return frames, metadata
 
 
-def _image_runs(images: Sequence[tuple[int, int]]) -> list[Steps]:
-    """Images in prompt order, those close to each other together."""
+def _image_runs(images: Sequence[tuple[int, int]], video_starts: Sequence[int]) -> list[Steps]:
+    """Images in prompt order, those close to each other together. A gap holds text alone, so a
+    video between two images ends the run."""
     runs: list[list[tuple[int, int]]] = []
-    for image in images:
-        if runs and image[0] - runs[-1][-1][1] <= IMAGE_RUN_GAP:
-            runs[-1].append(image)
+    for start, end in images:
+        last = runs[-1][-1][1] if runs else -IMAGE_RUN_GAP - 1
+        if start - last <= IMAGE_RUN_GAP and not any(last <= v < start for v in video_starts):
+            runs[-1].append((start, end))
         else:
-            runs.append([image])
+            runs.append([(start, end)])
     return [*runs]
 
 

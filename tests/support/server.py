@@ -137,7 +137,7 @@ class Server:
         return self._session.post(self.url + path, data=body, headers=headers, timeout=60.0)
 
     def chat(self, content: str | list[dict[str, Any]], **body: Any) -> dict[str, Any]:
-        """One user message through ``/v1/chat/completions``, greedy unless ``body`` says otherwise.
+        """One user message through ``/v1/chat/completions``; ``body`` replaces the defaults.
 
         Raises:
             RuntimeError: an answer other than HTTP 200.
@@ -146,7 +146,13 @@ class Server:
         return self._json(
             self.post(
                 "/v1/chat/completions",
-                {"model": "tiny", "messages": messages, "temperature": 0, **body},
+                {
+                    "model": "tiny",
+                    "messages": messages,
+                    "temperature": 0,
+                    "max_tokens": 8,  # a random model hardly ever ends by itself
+                    **body,
+                },
             )
         )
 
