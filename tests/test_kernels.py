@@ -245,8 +245,8 @@ def call() -> Call:
         (lambda c: {"q": c.q[0]}, r"q: expected \[tokens, heads, head_dim\], got shape \(4, 64\)"),
         (lambda c: {"k_cache": c.k_cache[None]}, "k_cache: expected .* got shape"),
         (lambda c: {"v_cache": c.v_cache[0]}, "v_cache: expected .* got shape"),
-        (lambda c: {"k_cache": c.k_cache.half()}, "k_cache: .* dtype .* got torch.float16"),
-        (lambda c: {"v_cache": c.v_cache.to("meta")}, "v_cache: .* device .* got .* meta"),
+        (lambda c: {"k_cache": c.k_cache.int()}, "k_cache: .* dtype on cpu.* got torch.int32"),
+        (lambda c: {"v_cache": c.v_cache.to("meta")}, "v_cache: .* on cpu.* got .* meta"),
         (lambda c: {"q": c.q[:2]}, "q: expected 3 tokens, as the plan has, got 2"),
         (lambda c: {"v_cache": c.v_cache[:7]}, "the same slots and heads"),
         (lambda c: {"v_cache": c.v_cache[:, :1]}, "the same slots and heads"),
@@ -258,6 +258,15 @@ def call() -> Call:
 def test_interface_refuses(call: Call, impl: str, change: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(dataclasses.replace(call, **change(call)), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cache_of_another_dtype_is_converted(call: Call, impl: str) -> None:
+    """``--dtype float32 --kv-cache-dtype bf16``, as SGLang's torch_native serves it."""
+    stored = {name: getattr(call, name).bfloat16() for name in ("k_cache", "v_cache")}
+    widened = {name: tensor.to(call.q.dtype) for name, tensor in stored.items()}
+    out = run(dataclasses.replace(call, **stored), impl)
+    assert torch.equal(out, run(dataclasses.replace(call, **widened), impl))
 
 
 def test_unknown_implementation_names_the_known(call: Call) -> None:

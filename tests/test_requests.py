@@ -39,7 +39,13 @@ def request(
     override: Any = None, *items: Any, extra_key: str | None = None, session: Any = None
 ) -> Request:
     params = None if override is None else {"pevlm": override}
+    ids = [7] * 100  # text, and each item's placeholders
+    for pad, medium in enumerate(items, start=1_000_000):
+        medium.pad_value = pad
+        for start, end in medium.offsets or ():
+            ids[start : end + 1] = [pad] * (end + 1 - start)
     return Request(
+        origin_input_ids=ids,
         sampling_params=SimpleNamespace(custom_params=params),
         extra_key=extra_key,
         session=session,
@@ -199,9 +205,18 @@ def test_refused_request_queued_again_is_left_alone() -> None:
 
 def test_request_that_was_refused_by_others_is_left_alone() -> None:
     req = request({"sink": 1}, video(None))
-    req.to_finish = "too long"
+    req.to_finish, req.multimodal_inputs = "too long", None  # SGLang's abort drops the inputs
     serve(req)
     assert req.to_finish == "too long"
+
+
+def test_request_that_is_ended_but_still_prefills_gets_a_layout() -> None:
+    """A replaced turn of a session is ended without dropping its inputs, and prefills all the
+    same."""
+    req = request({}, long_video())
+    req.to_finish = "replaced"
+    serve(req)
+    assert req.multimodal_inputs.pevlm.layout == expected_layout()
 
 
 def test_next_request_is_not_affected_by_a_bad_one() -> None:
@@ -230,7 +245,7 @@ def test_turns_of_a_session_keep_their_own_layouts() -> None:
     session, shared = Session(), Inputs([long_video()])
     turns = []
     for override in ({}, {"sink_frames": 4}):
-        req = request(override, session=session)
+        req = request(override, *shared.mm_items, session=session)
         req.multimodal_inputs = shared
         turns.append(serve(req))
     assert not hasattr(shared, "pevlm")
@@ -238,6 +253,14 @@ def test_turns_of_a_session_keep_their_own_layouts() -> None:
     assert first.pevlm.layout == expected_layout()
     assert second.pevlm.layout == expected_layout(sink=4)
     assert first.mm_items is second.mm_items is shared.mm_items
+
+
+@pytest.mark.parametrize("cut", [0, 12, 24])
+def test_session_offset_that_cuts_its_video_is_refused(cut: int) -> None:
+    """The video is inherited with its old offsets, where other text stands by now."""
+    req = request({}, long_video(), session=Session())
+    req.origin_input_ids = req.origin_input_ids[:cut] + [7] * 50
+    assert "an offset cut short" in serve(req).to_finish
 
 
 @pytest.mark.parametrize("session", [Session(), Session(streaming=False)])

@@ -30,7 +30,8 @@ def pevlm_prefill(
 
     Args:
         q: ``[total_q, num_q_heads, head_dim]``, floating point.
-        k_cache: ``[num_slots, num_kv_heads, head_dim]``, same dtype and device as q.
+        k_cache: ``[num_slots, num_kv_heads, head_dim]``, floating point on q's device; keys and
+            values of another dtype than q's are converted as they are gathered.
         v_cache: ``[num_slots, num_kv_heads, head_dim_v]``, likewise.
         plan: of this forward.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` if None.
@@ -52,17 +53,15 @@ def pevlm_prefill(
 def _check(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: PrefillPlan
 ) -> None:
-    if not q.is_floating_point():
-        raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name}: expected [tokens, heads, head_dim], got shape {tuple(tensor.shape)}"
             )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
+        if not tensor.is_floating_point() or tensor.device != q.device:
             raise ValueError(
-                f"{name}: expected the dtype and device of q ({q.dtype}, {q.device}), "
-                f"got {tensor.dtype}, {tensor.device}"
+                f"{name}: expected a floating-point dtype on {q.device}, as q, "
+                f"got {tensor.dtype} on {tensor.device}"
             )
     if q.shape[0] != plan.total_q:
         raise ValueError(

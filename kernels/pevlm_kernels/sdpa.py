@@ -38,7 +38,10 @@ def prefill(
     for n, m in zip(plan.seqlens_q, plan.seqlens_k, strict=True):
         slots = plan.kv_indices[k_start : k_start + m]
         out[q_start : q_start + n] = _virtual_sequence(
-            q[q_start : q_start + n], k_cache[slots], v_cache[slots], softmax_scale
+            q[q_start : q_start + n],
+            k_cache[slots].to(q.dtype),
+            v_cache[slots].to(q.dtype),
+            softmax_scale,
         )
         q_start, k_start = q_start + n, k_start + m
     return out

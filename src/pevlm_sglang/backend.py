@@ -16,7 +16,8 @@ from pevlm_sglang.observe import TEXT, Observer, RequestLayout
 from pevlm_sglang.plan import VirtualSequence, virtual_sequences
 
 # SGLang rewrites MIXED to EXTEND before most backends see it. The other modes that `is_extend()`
-# counts in (draft extend, target verify, split prefill, dLLM) never hold prompt tokens of a video.
+# counts in hold no prompt tokens (draft extend, target verify) or are refused at start (split
+# prefill of pdmux, dLLM).
 PREFILL_MODES = (ForwardMode.EXTEND, ForwardMode.MIXED)
 
 
@@ -28,8 +29,8 @@ class PrefillBatch(NamedTuple):
     extend_lens: list[int]
 
     @property
-    def is_sparse(self) -> bool:
-        """Whether some token of this forward may attend to less than everything before it."""
+    def may_be_sparse(self) -> bool:
+        """Whether a request goes beyond its first sparse token. False is certain: all dense."""
         return any(
             r.layout.first_sparse is not None and p + n > r.layout.first_sparse
             for r, p, n in zip(*self, strict=True)
@@ -80,7 +81,7 @@ class PevlmBackend(AttentionBackend):
         batch = read_batch(forward_batch)
         if batch is None:
             return
-        sequences = virtual_sequences(*_layouts(batch)) if batch.is_sparse else []
+        sequences = virtual_sequences(*_layouts(batch)) if batch.may_be_sparse else []
         if all(sequence.piece.is_full for sequence in sequences):
             self.pevlm_observer.dense_batch(*batch)
             return
@@ -105,22 +106,16 @@ class PevlmBackend(AttentionBackend):
         """SGLang's veto on a prefill CUDA graph: a graph of kind FULL has full attention baked in,
         so a batch with LOCAL tokens runs eagerly."""
         batch = read_batch(forward_batch)
-        sparse = batch is not None and batch.is_sparse
-        return not sparse and _base_allows(super(), "can_run_prefill_cuda_graph", forward_batch)
+        sparse = batch is not None and batch.may_be_sparse
+        return not sparse
 
     def vote_prefill_cuda_graph(self, batch: Any) -> bool:
         """The same veto at schedule time, for data-parallel attention: no prompt with LOCAL tokens
         in SGLang's ``ScheduleBatch``."""
         layouts = (getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs)
         sparse = any(request.dense_reason is None for request in layouts)
-        return not sparse and _base_allows(super(), "vote_prefill_cuda_graph", batch)
+        return not sparse
 
 
 def _layouts(batch: PrefillBatch) -> tuple[Any, list[int], list[int]]:
     return [request.layout for request in batch.requests], batch.prefix_lens, batch.extend_lens
-
-
-def _base_allows(base: Any, vote: str, batch: Any) -> bool:
-    """The base backend's own vote; most have none."""
-    own = getattr(base, vote, None)
-    return own is None or bool(own(batch))

@@ -104,6 +104,13 @@ class ContextBlock:
     def end(self) -> int:
         return self.tokens[-1][1]
 
+    def keys_up_to(self, position: int) -> tuple[Range, ...]:
+        """What the LOCAL tokens before ``position`` see: the sink, and the block so far."""
+        keys: list[Range] = []
+        for key_range in (*self.sink, (self.extent_start, position)):
+            _extend(keys, key_range)
+        return tuple(keys)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -227,11 +234,7 @@ class Layout:
             raise ValueError(f"pieces: expected 0 <= start <= end, got [{start}, {end})")
         pieces: list[Piece] = []
         for x, y, block in self._runs(start, end):
-            keys: list[Range] = []
-            for key_range in block.sink if block else ():
-                _extend(keys, key_range)
-            _extend(keys, (block.extent_start if block else 0, y))
-            piece = Piece(x, y, tuple(keys))
+            piece = Piece(x, y, block.keys_up_to(y) if block else ((0, y),))
             if piece.is_full and pieces and pieces[-1].is_full:
                 piece = Piece(pieces.pop().start, y, piece.keys)
             pieces.append(piece)
@@ -263,7 +266,7 @@ class Layout:
         """
         for block in self.blocks:
             for x, y in block.tokens:
-                if not Piece(x, y, _coalesced((*block.sink, (block.extent_start, y)))).is_full:
+                if not Piece(x, y, block.keys_up_to(y)).is_full:
                     return x
         return None
 
@@ -293,13 +296,6 @@ def _extend(ranges: list[Range], new: Range) -> None:
         ranges[-1] = (ranges[-1][0], end)
     else:
         ranges.append(new)
-
-
-def _coalesced(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    merged: list[Range] = []
-    for r in ranges:
-        _extend(merged, r)
-    return tuple(merged)
 
 
 def draw(layout: Layout, length: int) -> str:

@@ -89,7 +89,7 @@ def gather_slots(
 ) -> torch.Tensor:
     """The cache slots of token ranges, one after the other.
 
-    Only the ranges travel to the device; the slots are gathered there, without a synchronisation.
+    Only the table of ranges travels to the device; the slots are gathered there.
 
     Args:
         ranges: (row of the batch, range of positions).

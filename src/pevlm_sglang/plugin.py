@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 SERVER_INFO_KEY = "pevlm"
 
+_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info"
+"""Since SGLang 0.5.23; before it, PEVLM does without data parallelism."""
+
 _HOOKS = {
     "sglang.srt.server_args.ServerArgs.add_cli_args": "_after_add_cli_args",
     "sglang.srt.server_args.ServerArgs.from_cli_args": "_after_from_cli_args",
@@ -34,8 +37,7 @@ _HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": "_after_get_internal_state",
-    "sglang.srt.managers.data_parallel_controller.DataParallelController"
-    ".get_init_info": "_after_controller_init_info",
+    _CONTROLLER: "_after_controller_init_info",
     "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": "_after_wait_for_scheduler_ready",
 }
 """SGLang's function → the hook here; the first word of the hook's name is its kind."""
@@ -71,6 +73,8 @@ def register() -> None:
     Where a seam has moved the name is not offered, so that ``--attention-backend pevlm`` is refused
     by SGLang itself and every other server starts as before.
     """
+    if not _exists(_CONTROLLER):
+        _HOOKS.pop(_CONTROLLER, None)
     missing = [target for target in _HOOKS if not _exists(target)]
     if missing:
         logger.error(
@@ -152,8 +156,14 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
         return
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
+    resolved = resolved_view(server_args)
+    if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
+        _stop(
+            f"--dp-size: expected 1, got {resolved.dp_size}; this SGLang's data-parallel "
+            "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
+        )
     try:
-        support.check_server_args(resolved_view(server_args), _Process.config)
+        support.check_server_args(resolved, _Process.config)
         if _Process.config.vision_fixes:
             vision.fix_positions()
     except UnsupportedError as error:
@@ -175,7 +185,8 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
 
     from pevlm_sglang.bases import put_on
 
-    first_rank = get_parallel().tp_rank == 0
+    parallel = get_parallel()
+    first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
     observer = Observer(
         log=first_rank, metrics=first_rank and model_runner.server_args.enable_metrics
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.config import PevlmConfig
@@ -40,7 +41,7 @@ def on_queued(req: Any, rule: SpanRule) -> None:
     The layout becomes an attribute of the request's ``MultimodalInputs``, which reach the forward
     with the batch.
     """
-    if req.to_finish is not None:
+    if req.to_finish is not None and req.multimodal_inputs is None:
         return  # refused already, for another reason
     error = req.pevlm_error or _session_conflict(req)
     if error is None and req.multimodal_inputs is not None:
@@ -77,10 +78,19 @@ def lay_out(items: list[Any], rule: SpanRule, config: PevlmConfig) -> RequestLay
 
 
 def _session_conflict(req: Any) -> str | None:
-    """A streaming session keeps its KV outside the radix cache, where no namespace protects it."""
+    """What the history of a session makes impossible."""
     session = req.session
-    if session is None or not getattr(session, "streaming", False):
+    if session is None:
         return None
+    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else ()
+    if not all(_holds(req.origin_input_ids, item) for item in items):
+        return (
+            "session: expected the videos and images of its history in the prompt, got a prompt "
+            "that an offset cut short of them; send this turn outside the session"
+        )
+    if not getattr(session, "streaming", False):
+        return None
+    # A streaming session keeps its KV outside the radix cache, where no namespace protects it.
     namespace = req.pevlm_config.cache_namespace
     first = session.__dict__.setdefault("pevlm_namespace", namespace)
     if first != namespace:
@@ -89,3 +99,12 @@ def _session_conflict(req: Any) -> str | None:
             "session, whose KV it continues, got another one; open a new session for it"
         )
     return None
+
+
+def _holds(ids: Sequence[int], item: Any) -> bool:
+    """Whether an item's placeholders still stand where its offsets say."""
+    pads = getattr(item, "pad_values", None) or (item.pad_value,)
+    return all(
+        end < len(ids) and ids[start] in pads and ids[end] in pads
+        for start, end in item.offsets or ()
+    )

@@ -21,6 +21,8 @@ class _Refusal(NamedTuple):
 
 
 _PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
+_ENCODER = "plugins are not loaded in the encoder server, which has the vision tower"
+_LAUNCHER = "its launcher does not check that schedulers report PEVLM active"
 _MEMORY = "cache slots are not token-granular there"
 
 # Options that a release lacks are passed over: there is nothing to refuse.
@@ -36,7 +38,14 @@ _REFUSALS = (
     _Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
     _Refusal("speculative_adaptive", (False,), "it swaps in backends of its own at run time"),
     _Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
-    _Refusal("encoder_only", (False,), "plugins are not loaded in the encoder server"),
+    _Refusal("encoder_only", (False,), _ENCODER),
+    _Refusal("language_only", (False,), _ENCODER),
+    _Refusal("disaggregation_mode", ("null",), "KV would cross servers with other settings"),
+    _Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
+    _Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
+    _Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
+    _Refusal("smg_grpc_mode", (False,), _LAUNCHER),
+    _Refusal("grpc_mode", (False,), _LAUNCHER),
     _Refusal(
         "kv_cache_dtype",
         ("auto", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2"),
@@ -64,6 +73,11 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
                 f"{flag}: expected {expected}, got {value}; {reason}. "
                 f"Leave {flag} out, or serve without --attention-backend pevlm"
             )
+    if config.base_backend == "fa4":
+        raise UnsupportedError(
+            "--pevlm-base-backend fa4: its page tables cannot point at single tokens; choose "
+            "fa3, flashinfer or triton"
+        )
     if config.vision_fixes and resolved.tokenizer_worker_num > 1:
         raise UnsupportedError(
             f"--tokenizer-worker-num: expected 1, got {resolved.tokenizer_worker_num}; plugins are "

@@ -12,19 +12,17 @@ from pathlib import Path
 import pytest
 from server.conftest import FEW_TOKENS
 
-from support.server import DEFAULT_FLAGS, Server
+from support.server import DEFAULT_ENV, DEFAULT_FLAGS, Server
 from support.video import video_data_url
 
 pytestmark = pytest.mark.server
-
-ENV = {"SGLANG_PLATFORM": "pevlm_cpu", "HF_HUB_OFFLINE": "1"}
 
 
 def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own; SGLang spawns, so the code must be importable as main."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **ENV},
+        env={**os.environ, **DEFAULT_ENV},
         capture_output=True,
         text=True,
         timeout=240,
@@ -164,7 +162,7 @@ def test_offline_engine(
     script.write_text(ENGINE)
     done = subprocess.run(
         [sys.executable, str(script), str(model("qwen2_5_vl")), str(clip(10))],
-        env={**os.environ, **ENV},
+        env={**os.environ, **DEFAULT_ENV},
         capture_output=True,
         text=True,
         timeout=240,

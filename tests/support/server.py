@@ -28,6 +28,14 @@ COMMANDS = {
     "launch_server": (sys.executable, "-m", "sglang.launch_server"),
     "serve": (str(Path(sys.executable).with_name("sglang")), "serve"),
 }
+DEFAULT_ENV = {
+    "SGLANG_PLATFORM": "pevlm_cpu",
+    "HF_HUB_OFFLINE": "1",
+    # Threads that spin at a barrier starve whatever shares a small machine with them.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # torch.compile on the CPU wants a C++ compiler, and seconds of each new shape.
+    "TORCHDYNAMO_DISABLE": "1",
+}
 LOG_TAIL = 4000  # characters of the log in an error
 STOP_TIMEOUT = 10.0  # seconds for a clean exit, before the process group is killed
 KILL_TIMEOUT = 3.0  # seconds for the killed group to vanish; in a container without init it stays
@@ -58,7 +66,7 @@ class Server:
         Args:
             model: directory of the model.
             flags: of ``sglang.launch_server``; they take precedence over ``DEFAULT_FLAGS``.
-            env: variables on top of this process's own.
+            env: variables on top of this process's own and ``DEFAULT_ENV``.
             log_path: where stdout and stderr go; None is a file that goes with the server.
             startup_timeout: seconds until the server must be ready.
             port: None takes a free one.
@@ -82,12 +90,7 @@ class Server:
         ]
         self._env = {
             **os.environ,
-            "SGLANG_PLATFORM": "pevlm_cpu",
-            "HF_HUB_OFFLINE": "1",
-            # Threads that spin at a barrier starve whatever shares a small machine with them.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # torch.compile on the CPU wants a C++ compiler, and seconds of each new shape.
-            "TORCHDYNAMO_DISABLE": "1",
+            **DEFAULT_ENV,
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None

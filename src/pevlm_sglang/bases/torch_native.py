@@ -15,12 +15,20 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from pevlm_kernels import PrefillPlan, pevlm_prefill
 from pevlm_sglang.backend import PevlmBackend
 from pevlm_sglang.plan import VirtualSequence, build_plan
+from pevlm_sglang.support import UnsupportedError
 
 
 class PevlmTorchNative(PevlmBackend):
     """Mixin for ``TorchNativeAttnBackend``."""
 
     _pevlm_plan: PrefillPlan | None
+
+    def pevlm_check(self) -> None:
+        if torch.device(self.device).type != "cpu":
+            raise UnsupportedError(
+                f"torch_native on {self.device}: PEVLM's kernel for it runs on the CPU; choose "
+                "--pevlm-base-backend fa3, flashinfer or triton"
+            )
 
     def pevlm_forget(self) -> None:
         self._pevlm_plan = None

@@ -16,7 +16,11 @@ def activate() -> str | None:
 
     Inactive unless asked for by name, so that installing it changes nothing on a GPU machine.
     """
-    return "pevlm_cpu.platform.PevlmCpuPlatform" if _asked_for() else None
+    if not _asked_for():
+        return None
+    # SGLang compiles some operators with torch.compile, which needs a C++ compiler on the CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return "pevlm_cpu.platform.PevlmCpuPlatform"
 
 
 def register() -> None:
