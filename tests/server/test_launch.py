@@ -99,6 +99,18 @@ def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
     assert "invalid choice: 'pevlm'" in written
 
 
+def test_data_parallelism_without_its_seam_is_refused(model: Callable[[str], Path]) -> None:
+    """Before 0.5.23, SGLang's controller cannot report for its schedulers; the rest works."""
+    code = (
+        "from sglang.srt.managers.data_parallel_controller import DataParallelController;"
+        "del DataParallelController.get_init_info;" + LAUNCH
+    )
+    flags = ("--attention-backend", "pevlm", "--dp-size", "2")
+    written = _refusal(model("qwen2_5_vl"), *flags, code=code)
+    assert "PEVLM: --dp-size: expected 1, got 2" in written
+    assert "PEVLM is not available" not in written
+
+
 def test_silent_scheduler_is_refused(model: Callable[[str], Path], tmp_path: Path) -> None:
     """A scheduler without the plugin would serve full attention: the launcher stops it."""
     # The launcher has loaded its plugins by then; its schedulers inherit the variable.

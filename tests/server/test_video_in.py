@@ -56,6 +56,18 @@ def test_ways_to_send_a_video(
     assert _sparse_tokens(exchange) - before == 7 * 12  # the sink and the first block see all
 
 
+def test_frames_sent_as_images(exchange: Exchange, picture: Callable[[int], Path]) -> None:
+    """``image_url`` items in a row, as clients without video support send frames."""
+    images = [{"type": "image_url", "image_url": {"url": str(picture(seed))}} for seed in range(6)]
+    runs = {"sink_frames": 2, "block_frames": 1}
+    for image_runs, sparse in ((True, 3 * 12), (False, 0)):
+        exchange.server.post("/flush_cache")
+        before = _sparse_tokens(exchange)
+        override = {"pevlm": {**runs, "image_runs": image_runs}}
+        exchange.server.chat(images, max_tokens=2, custom_params=override)
+        assert _sparse_tokens(exchange) - before == sparse
+
+
 def test_turns_of_a_chat(exchange: Exchange, clip: Callable[..., Path]) -> None:
     """A second video in a second turn: both are sparse. (SGLang hashes the videos of a prompt as
     one, so the first turn is no prefix hit, with or without PEVLM.)"""
