@@ -151,24 +151,35 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
         if config is not None:
             arguments.write_base_backend(server_args, config)
     resolve_once(server_args)
-    _Process.config = getattr(server_args, "_pevlm_config", None)
-    if _Process.config is None or resolved_before:
+    config = getattr(server_args, "_pevlm_config", None)
+    _Process.config = config
+    if config is None:
         return
+    try:
+        if config.vision_fixes:
+            vision.fix_positions()
+        if not resolved_before:
+            _check_resolved(server_args, config)
+    except UnsupportedError as error:
+        _stop(error)
+
+
+def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
+    """Refuse what SGLang resolved, or log the configuration; once a server.
+
+    Raises:
+        UnsupportedError: see :func:`pevlm_sglang.support.check_server_args`.
+    """
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
     resolved = resolved_view(server_args)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
-        _stop(
+        raise UnsupportedError(
             f"--dp-size: expected 1, got {resolved.dp_size}; this SGLang's data-parallel "
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
-    try:
-        support.check_server_args(resolved, _Process.config)
-        if _Process.config.vision_fixes:
-            vision.fix_positions()
-    except UnsupportedError as error:
-        _stop(error)
-    logger.info("PEVLM configuration: %s", _Process.config.describe())
+    support.check_server_args(resolved, config)
+    logger.info("PEVLM configuration: %s", config.describe())
 
 
 # --- The scheduler ---------------------------------------------------------------------------
