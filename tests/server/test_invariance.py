@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.exchange import SYSTEM, TOLERANCE, Exchange, Question, about, user
+from support.exchange import IMAGE, SYSTEM, TOLERANCE, Exchange, Question, about, user
 from support.oracle import Setting
 
 Clip = Callable[..., Path]
@@ -69,10 +69,13 @@ def test_chunks(exchange: Exchange, clip: Clip, request: pytest.FixtureRequest) 
 @pytest.mark.parametrize(
     "exchange", ["chunk_257", "mixed_page_16", "upstream_vision"], indirect=True
 )
-def test_batch_of_several_requests(exchange: Exchange, clip: Clip) -> None:
+def test_batch_of_several_requests(
+    exchange: Exchange, clip: Clip, picture: Callable[[int], Path]
+) -> None:
     questions = (
         about(clip(5), setting=Setting(2, 2)),
         TEXT,
+        Question(SYSTEM + user(IMAGE + "What is it?"), images=(picture(5),), setting=Setting(0, 2)),
         about(clip(9, seed=1), setting=Setting(0, 6)),
         about(clip(4, seed=2), setting=None),
     )
