@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from pevlm_kernels import PrefillPlan
 from pevlm_sglang.observe import TEXT, Observer, RequestLayout
-from pevlm_sglang.plan import VirtualSequence, virtual_sequences
+from pevlm_sglang.plan import VirtualSequence, build_plan, virtual_sequences
 
 # SGLang rewrites MIXED to EXTEND before most backends see it. The other modes that `is_extend()`
 # counts in hold no prompt tokens (draft extend, target verify) or are refused at start (split
@@ -35,6 +36,11 @@ class PrefillBatch(NamedTuple):
             r.layout.first_sparse is not None and p + n > r.layout.first_sparse
             for r, p, n in zip(*self, strict=True)
         )
+
+    def sequences(self) -> list[VirtualSequence]:
+        """The virtual sequences of the batch."""
+        layouts = [request.layout for request in self.requests]
+        return virtual_sequences(layouts, self.prefix_lens, self.extend_lens)
 
 
 def read_batch(forward_batch: Any) -> PrefillBatch | None:
@@ -73,6 +79,7 @@ class PevlmBackend(AttentionBackend):
     """
 
     pevlm_observer: Observer
+    req_to_token_pool: Any
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """SGLang's entry point of an eager forward, once before its layers."""
@@ -81,7 +88,7 @@ class PevlmBackend(AttentionBackend):
         batch = read_batch(forward_batch)
         if batch is None:
             return
-        sequences = virtual_sequences(*_layouts(batch)) if batch.may_be_sparse else []
+        sequences = batch.sequences() if batch.may_be_sparse else []
         if all(sequence.piece.is_full for sequence in sequences):
             self.pevlm_observer.dense_batch(*batch)
             return
@@ -102,6 +109,12 @@ class PevlmBackend(AttentionBackend):
         """Make the layers of this forward run these virtual sequences."""
         raise NotImplementedError
 
+    def pevlm_build(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> PrefillPlan:
+        """The plan of these virtual sequences on the pool's request table."""
+        return build_plan(
+            sequences, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
+        )
+
     def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
         """SGLang's veto on a prefill CUDA graph: a graph of kind FULL has full attention baked in,
         so a batch with LOCAL tokens runs eagerly."""
@@ -115,7 +128,3 @@ class PevlmBackend(AttentionBackend):
         layouts = (getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs)
         sparse = any(request.dense_reason is None for request in layouts)
         return not sparse
-
-
-def _layouts(batch: PrefillBatch) -> tuple[Any, list[int], list[int]]:
-    return [request.layout for request in batch.requests], batch.prefix_lens, batch.extend_lens

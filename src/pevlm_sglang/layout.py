@@ -75,7 +75,7 @@ class FrameSpans:
 
     def to_steps(self, frames: int) -> int:
         """A number of sampled frames in whole steps, rounded up."""
-        return -(-frames // self.frames_per_step)
+        return whole_steps(frames, self.frames_per_step)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ class Piece:
     keys: tuple[Range, ...]
 
     @property
+    def num_queries(self) -> int:
+        return self.end - self.start
+
+    @property
     def num_keys(self) -> int:
         return sum(end - start for start, end in self.keys)
 
@@ -136,7 +140,7 @@ class Piece:
     @property
     def num_pairs(self) -> int:
         """Attended (query, key) pairs."""
-        n = self.end - self.start
+        n = self.num_queries
         return n * (self.num_keys - n) + n * (n + 1) // 2
 
     @property
@@ -280,6 +284,11 @@ class Layout:
         Its inverse is the speed-up of attention that the arithmetic allows.
         """
         return self.num_pairs(0, length) / full_pairs(0, length) if length else 1.0
+
+
+def whole_steps(frames: int, frames_per_step: int) -> int:
+    """A number of sampled frames in whole steps, rounded up."""
+    return -(-frames // frames_per_step)
 
 
 def full_pairs(start: int, end: int) -> int:

@@ -105,7 +105,7 @@ class Observer:
         blocks: set[tuple[int, int]] = set()
         for sequence in sequences:
             piece, request = sequence.piece, requests[sequence.row]
-            tokens = piece.end - piece.start
+            tokens = piece.num_queries
             delta.pairs_computed += piece.num_pairs
             delta.pairs_saved += full_pairs(piece.start, piece.end) - piece.num_pairs
             if piece.is_full:

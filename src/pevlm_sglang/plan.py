@@ -62,7 +62,7 @@ def build_plan(
     Returns:
         The plan, on the device of ``req_to_token``.
     """
-    seqlens_q = tuple(s.piece.end - s.piece.start for s in sequences)
+    seqlens_q = tuple(s.piece.num_queries for s in sequences)
     seqlens_k = tuple(s.piece.num_keys for s in sequences)
     return PrefillPlan(
         cu_seqlens_q=cumulative(seqlens_q, req_to_token.device),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from pevlm_sglang import arguments, requests, support, vision
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
+from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.observe import Observer
 from pevlm_sglang.support import UnsupportedError
 
@@ -222,9 +223,9 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
             "%d sampled frames a step",
             result.prefill_attention_backend_str,
             config.sink_frames,
-            -(-config.sink_frames // steps),
+            whole_steps(config.sink_frames, steps),
             config.block_frames,
-            -(-config.block_frames // steps),
+            whole_steps(config.block_frames, steps),
             steps,
         )
         logger.info("PEVLM vision corrections: %s", "; ".join(fixes) or "none")

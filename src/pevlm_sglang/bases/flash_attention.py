@@ -16,7 +16,7 @@ import torch
 
 from pevlm_kernels import PrefillPlan
 from pevlm_sglang.backend import PevlmBackend
-from pevlm_sglang.plan import VirtualSequence, build_plan
+from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
 
 
@@ -42,9 +42,7 @@ class PevlmFlashAttention(PevlmBackend):
         self._pevlm_num_seqs = None
 
     def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
-        plan = build_plan(
-            sequences, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
-        )
+        plan = self.pevlm_build(sequences, forward_batch)
         metadata = self.forward_metadata
         metadata.cu_seqlens_q = plan.cu_seqlens_q
         metadata.cu_seqlens_k = plan.cu_seqlens_k

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pevlm_sglang.backend import PevlmBackend
-from pevlm_sglang.plan import VirtualSequence, build_plan
+from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
 
 
@@ -40,9 +40,7 @@ class PevlmFlashInfer(PevlmBackend):
         self._pevlm_wrapper = paged(self.workspace_buffer, "NHD", backend=self.prefill_backend)
 
     def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
-        plan = build_plan(
-            sequences, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
-        )
+        plan = self.pevlm_build(sequences, forward_batch)
         updater = self.indices_updater_prefill
         self._pevlm_wrapper.begin_forward(
             plan.cu_seqlens_q,

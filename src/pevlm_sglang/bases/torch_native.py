@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from pevlm_kernels import PrefillPlan, pevlm_prefill
 from pevlm_sglang.backend import PevlmBackend
-from pevlm_sglang.plan import VirtualSequence, build_plan
+from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
 
 
@@ -34,9 +34,7 @@ class PevlmTorchNative(PevlmBackend):
         self._pevlm_plan = None
 
     def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
-        self._pevlm_plan = build_plan(
-            sequences, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
-        )
+        self._pevlm_plan = self.pevlm_build(sequences, forward_batch)
 
     def forward_extend(
         self,

@@ -21,7 +21,7 @@ class PevlmTriton(PevlmBackend):
     def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         metadata = self.forward_metadata
         req_to_token = self.req_to_token
-        lengths = [s.piece.end - s.piece.start for s in sequences]
+        lengths = [s.piece.num_queries for s in sequences]
         cached = [s.piece.num_keys - n for s, n in zip(sequences, lengths, strict=True)]
         metadata.qo_indptr = cumulative(lengths, req_to_token.device).to(metadata.qo_indptr.dtype)
         metadata.kv_indptr = cumulative(cached, req_to_token.device).to(metadata.kv_indptr.dtype)
