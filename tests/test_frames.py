@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pevlm_sglang.families import qwen_vl
-from pevlm_sglang.frames import FrameSpanError, SpanRule
+from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from pevlm_sglang.layout import FrameSpans
 from pevlm_sglang.support import UnsupportedError
 
@@ -64,7 +64,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 def spans(*items: Any, image_runs: bool = False) -> list[FrameSpans]:
-    return RULE.spans(items, image_runs=image_runs)
+    return RULE.spans(SimpleNamespace(mm_items=items), Prompt(()), image_runs=image_runs)
 
 
 def even(start: int, steps: int, tokens: int) -> FrameSpans:

@@ -11,6 +11,7 @@ import pytest
 from test_frames import RULE, image, item, video
 
 from pevlm_sglang.config import PevlmConfig
+from pevlm_sglang.frames import Prompt
 from pevlm_sglang.layout import Layout
 from pevlm_sglang.observe import RequestLayout
 from pevlm_sglang.requests import lay_out, on_created, on_queued
@@ -46,6 +47,7 @@ def request(
             ids[start : end + 1] = [pad] * (end + 1 - start)
     return Request(
         origin_input_ids=ids,
+        tokenizer=None,
         sampling_params=SimpleNamespace(custom_params=params),
         extra_key=extra_key,
         session=session,
@@ -66,7 +68,7 @@ def long_video(start: int = 5) -> Any:
 
 
 def expected_layout(sink: int = 2, block: int = 2) -> Layout:
-    videos = RULE.spans([long_video()], image_runs=False)
+    videos = RULE.spans(Inputs([long_video()]), Prompt(()), image_runs=False)
     return Layout.build(videos, sink_frames=sink, block_frames=block)
 
 
@@ -168,14 +170,15 @@ def test_queued_again_gives_the_same() -> None:
     ],
 )
 def test_reasons_for_dense(items: list, config: PevlmConfig, reason: str | None) -> None:
-    found = lay_out(items, RULE, config)
+    found = lay_out(Inputs(items), Prompt(()), RULE, config)
     assert found.dense_reason == reason
     assert (found.layout.first_sparse is None) == (reason is not None)
 
 
 def test_disabled_requests_are_not_read() -> None:
     """Turning PEVLM off must serve what its rules would refuse."""
-    assert lay_out([video(None)], RULE, PevlmConfig(enabled=False)).layout == Layout()
+    found = lay_out(Inputs([video(None)]), Prompt(()), RULE, PevlmConfig(enabled=False))
+    assert found.layout == Layout()
 
 
 # --- Refusals ------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""One door to the model families: a request's multimodal items → FrameSpans, or a clear refusal."""
+"""One door to the model families: multimodal inputs → FrameSpans, or a clear refusal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from pevlm_sglang.layout import FrameSpans, Range
 from pevlm_sglang.support import UnsupportedError
@@ -19,6 +18,38 @@ class FrameSpanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """The expanded prompt of a request, for families whose processor writes text into a video.
+
+    Attributes:
+        ids: token ids; a placeholder's is its item's pad value, which no vocabulary holds.
+        tokenizer: of the model; None where the server has none.
+    """
+
+    ids: Sequence[int]
+    tokenizer: Any = None
+
+
+class Family(Protocol):
+    """What a module of ``pevlm_sglang.families`` offers."""
+
+    ARCHITECTURES: tuple[str, ...]
+
+    def frames_per_step(self, hf_config: Any) -> int:
+        """Sampled frames that the vision tower merges into one step."""
+
+    def video_spans(self, inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+        """The videos of SGLang's ``MultimodalInputs``.
+
+        Raises:
+            FrameSpanError: the inputs do not say where the frames lie.
+        """
+
+    def image_ranges(self, inputs: Any) -> list[Range]:
+        """A token range an image, for image runs."""
+
+
+@dataclass(frozen=True)
 class SpanRule:
     """How the frames of one model are found.
 
@@ -27,7 +58,7 @@ class SpanRule:
         frames_per_step: sampled frames that the vision tower merges into one step.
     """
 
-    family: ModuleType
+    family: Family
     frames_per_step: int
 
     @classmethod
@@ -48,25 +79,30 @@ class SpanRule:
             f"frames apart; supported: {known}"
         )
 
-    def spans(self, items: Iterable[Any], *, image_runs: bool) -> list[FrameSpans]:
+    def spans(self, inputs: Any, prompt: Prompt, *, image_runs: bool) -> list[FrameSpans]:
         """The videos of a request, and its image runs where they are wanted, in prompt order.
 
         Args:
-            items: SGLang's ``MultimodalDataItem`` objects, positions absolute in the prompt.
+            inputs: SGLang's ``MultimodalInputs``, positions absolute in the prompt.
+            prompt: the tokens that they stand in.
             image_runs: whether neighbouring images count as a video.
 
         Raises:
-            FrameSpanError: the items do not say where the frames lie.
+            FrameSpanError: the inputs do not say where the frames lie.
         """
-        videos: list[FrameSpans] = []
-        images: list[Range] = []
-        for item in items:
-            if item.is_video():
-                videos += self.family.video_spans(item, self.frames_per_step)
-            elif image_runs and item.is_image():
-                images += item_ranges(item)
-        videos += _runs(sorted(images), videos)
+        videos = self.family.video_spans(inputs, prompt, self.frames_per_step)
+        if image_runs:
+            videos = videos + _runs(sorted(self.family.image_ranges(inputs)), videos)
         return sorted(videos, key=lambda video: video.start)
+
+
+def image_ranges(inputs: Any) -> list[Range]:
+    """The token ranges of all images, from their offsets: what most families need.
+
+    Raises:
+        FrameSpanError: an image without offsets.
+    """
+    return [span for item in inputs.mm_items if item.is_image() for span in item_ranges(item)]
 
 
 def item_ranges(item: Any) -> list[Range]:
@@ -97,7 +133,7 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
     return gap <= IMAGE_RUN_GAP and not between
 
 
-def _families() -> tuple[ModuleType, ...]:
+def _families() -> tuple[Family, ...]:
     from pevlm_sglang.families import qwen_vl
 
     return (qwen_vl,)

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, requests, support, vision
+from pevlm_sglang import arguments, processors, requests, support, vision
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
@@ -34,6 +34,7 @@ _HOOKS = {
     "sglang.srt.server_args.ServerArgs.resolve_once": "_around_resolve_once",
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
     ".build_attention_backends": "_after_build_attention_backends",
+    "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": "_after_get_mm_processor_cls",
     "sglang.srt.managers.schedule_batch.Req.__init__": "_after_req_init",
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
@@ -181,6 +182,14 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
         )
     support.check_server_args(resolved, config)
     logger.info("PEVLM configuration: %s", config.describe())
+
+
+def _after_get_mm_processor_cls(
+    processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
+) -> type | None:
+    if _Process.config is None:
+        return processor
+    return processors.for_architectures(processor, hf_config.architectures or ())
 
 
 # --- The scheduler ---------------------------------------------------------------------------

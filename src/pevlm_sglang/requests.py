@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.frames import SpanRule
+from pevlm_sglang.frames import Prompt, SpanRule
 from pevlm_sglang.layout import Layout
 from pevlm_sglang.observe import DISABLED, IMAGE_RUNS_OFF, NO_VIDEO, SHORT_VIDEO, RequestLayout
 
@@ -46,7 +46,8 @@ def on_queued(req: Any, rule: SpanRule) -> None:
     error = req.pevlm_error or _session_conflict(req)
     if error is None and req.multimodal_inputs is not None:
         try:
-            layout = lay_out(req.multimodal_inputs.mm_items, rule, req.pevlm_config)
+            prompt = Prompt(req.origin_input_ids, req.tokenizer)
+            layout = lay_out(req.multimodal_inputs, prompt, rule, req.pevlm_config)
         except ValueError as refusal:  # FrameSpanError, or spans that make no layout
             error = str(refusal)
         else:
@@ -58,22 +59,22 @@ def on_queued(req: Any, rule: SpanRule) -> None:
         req.set_finish_with_abort(f"PEVLM: {error}")
 
 
-def lay_out(items: list[Any], rule: SpanRule, config: PevlmConfig) -> RequestLayout:
-    """The layout of a request's multimodal items.
+def lay_out(inputs: Any, prompt: Prompt, rule: SpanRule, config: PevlmConfig) -> RequestLayout:
+    """The layout of a request's ``MultimodalInputs``.
 
     Raises:
-        ValueError: the items do not say where the frames lie (``FrameSpanError``), or say it of
-            frames that overlap.
+        ValueError: they do not say where the frames lie (``FrameSpanError``), or say it of frames
+            that overlap.
     """
     if not config.enabled:
         return RequestLayout(Layout(), DISABLED)
-    videos = rule.spans(items, image_runs=config.image_runs)
+    videos = rule.spans(inputs, prompt, image_runs=config.image_runs)
     layout = Layout.build(videos, sink_frames=config.sink_frames, block_frames=config.block_frames)
     if layout.first_sparse is not None:
         return RequestLayout(layout, None)
     if videos:
         return RequestLayout(layout, SHORT_VIDEO)
-    has_images = any(item.is_image() for item in items)
+    has_images = any(item.is_image() for item in inputs.mm_items)
     return RequestLayout(layout, IMAGE_RUNS_OFF if has_images else NO_VIDEO)
 
 

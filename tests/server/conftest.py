@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
+from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
-from support.tiny import make_tiny_model
+from support.tiny import ARCHITECTURES, make_tiny_model
 from support.video import write_video
 
 CLIP_SIZE = (112, 84)  # pixels: 12 tokens a step, with the flag below
@@ -26,12 +27,26 @@ FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
 
 @dataclass(frozen=True)
 class Deployment:
-    """How to start a server. Its default is 16-frame sinks and blocks on torch_native."""
+    """How to start a server. Its default is 16-frame sinks and blocks on torch_native.
+
+    Attributes:
+        flags, env: of the server.
+        architecture: of the tiny model, a key of ``MODELS``.
+        oracle: the reference for a model's directory.
+        video: the flag with which clips become few tokens.
+    """
 
     flags: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     architecture: str = "qwen2_5_vl"
-    upstream_vision: bool = False
+    oracle: Callable[[Path], Oracle] = QwenVLOracle
+    video: tuple[str, ...] = FEW_TOKENS
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
+}
+"""Architecture → writes a tiny model into a directory."""
 
 
 DEPLOYMENTS = {
@@ -47,7 +62,7 @@ DEPLOYMENTS = {
             *("--chunked-prefill-size", "8192", "--disable-radix-cache"),
             *("--pevlm-vision-fixes", "false"),
         ),
-        upstream_vision=True,
+        oracle=partial(QwenVLOracle, upstream_vision=True),
     ),
     "qwen2_vl_retracting": Deployment(
         ("--chunked-prefill-size", "257", "--disable-radix-cache"),
@@ -83,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a tiny model, by its architecture."""
     directory = tmp_path_factory.mktemp("models")
-    return cache(lambda name: make_tiny_model(directory / name, architecture=name))
+    return cache(lambda name: MODELS[name](directory / name))
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +106,10 @@ def exchange(request: pytest.FixtureRequest, model: Callable[[str], Path]) -> It
     """The server that the test names, beside its oracle."""
     deployment = DEPLOYMENTS[request.param]
     directory = model(deployment.architecture)
-    flags = ("--attention-backend", "pevlm", *FEW_TOKENS, *deployment.flags)
+    flags = ("--attention-backend", "pevlm", *deployment.video, *deployment.flags)
     env = {**BATCH_ENV, **deployment.env}
     with Server(directory, *flags, env=env, startup_timeout=600) as server:
-        oracle = Oracle(directory, upstream_vision=deployment.upstream_vision)
-        yield Exchange(server, oracle)
+        yield Exchange(server, deployment.oracle(directory))
 
 
 @pytest.fixture(scope="session")

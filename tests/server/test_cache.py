@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from support.exchange import SHARP, SYSTEM, VIDEO, Exchange, about, user
-from support.oracle import Setting, sample
+from support.families.qwen_vl import sample
+from support.oracle import Setting
 
 Clip = Callable[..., Path]
 
@@ -81,7 +82,7 @@ def test_frame_rate_is_part_of_a_video(exchange: Exchange, clip: Clip, tmp_path:
     assert (answer.logprobs - other.logprobs).abs().max() > SHARP
     exchange.flush()
     end = answer.prompt_tokens - 1
-    before_video = exchange.oracle.spans(exchange.inputs(questions[0]), "video")[0][0][0]
+    before_video = exchange.oracle.videos(exchange.inputs(questions[0]))[0][0][0]
     for question, cached in ((questions[0], 0), (questions[1], before_video), (questions[0], end)):
         [answer] = exchange.check(replace(question, start=end))
         assert answer.cached_tokens == cached

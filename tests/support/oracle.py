@@ -1,14 +1,15 @@
 """Hugging Face's own model under the dense mask: what a PEVLM server has to answer.
 
-Nothing here comes from the code under test, nor from SGLang: frames are decoded and sampled here,
-steps are found in the token stream, and the mask is written from the definition.
+Nothing here comes from the code under test, nor from SGLang: frames are decoded and sampled by the
+tests, steps are found in the token stream, and the mask is written from the definition. A family's
+oracle is a subclass, in ``support.families``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 
 from support.spec_mask import Steps, spec_mask
 
-SAMPLED_FPS = 2.0  # SGLang's default for Qwen's models; the clips here are longer than 4 frames
 IMAGE_RUN_GAP = 32  # tokens between neighbouring images of one run, at most
 
 
@@ -34,60 +34,38 @@ class Setting:
     image_runs: bool = False
 
 
-class Oracle:
-    """Log-probabilities of Hugging Face's Qwen2-VL or Qwen2.5-VL in fp32 on the CPU.
+class Oracle(ABC):
+    """Log-probabilities of a family's reference model in fp32 on the CPU.
 
-    Args:
-        model: directory of the checkpoint.
-        upstream_vision: whether to reproduce the two places where SGLang's vision path differs
-            from the reference: 24 frames a second, and one attention segment for a whole video.
+    Attributes:
+        frames_per_step: sampled frames that the vision tower merges into one step.
     """
 
-    def __init__(self, model: Path, *, upstream_vision: bool = False) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+    frames_per_step: int = 1
 
-        self.processor = AutoProcessor.from_pretrained(model)
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
-        self.upstream_vision = upstream_vision
-
+    @abstractmethod
     def inputs(self, prompt: str, videos: Sequence[Path], images: Sequence[Any] = ()) -> Any:
-        """The processor's output for a prompt with one placeholder a video or image."""
-        clips = [sample(video) for video in videos]
-        metadata = [metadata for _, metadata in clips]
-        if self.upstream_vision:
-            metadata = [{**m, "fps": None} for m in metadata]
-        settings: dict[str, Any] = {}
-        if clips:
-            settings |= {
-                "videos": [frames for frames, _ in clips],
-                "video_metadata": metadata,
-                "do_sample_frames": False,
-            }
-        if images:
-            settings["images"] = list(images)
-        return self.processor(text=[prompt], return_tensors="pt", **settings)
+        """What the reference's processor makes of a prompt with one placeholder a video or image:
+        a mapping with ``input_ids`` ``[1, length]`` and whatever :meth:`logits` needs."""
 
-    def spans(self, inputs: Any, kind: str) -> list[Steps]:
-        """The steps of each video (or image), found as equal parts of its run of placeholders.
+    @abstractmethod
+    def videos(self, inputs: Any) -> list[Steps]:
+        """The steps of each video, found in the token stream; they tile it."""
+
+    def images(self, inputs: Any) -> list[tuple[int, int]]:
+        """The token range of each image."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def logits(self, inputs: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``[length, vocabulary]`` logits of the reference model.
 
         Args:
             inputs: see :meth:`inputs`.
-            kind: "video" or "image".
+            ids: ``[length]`` int64, of the prompt and of the answer.
+            mask: ``[1, 1, length, length]`` fp32, added to the attention scores of the language
+                model.
         """
-        placeholder = getattr(self.model.config, f"{kind}_token_id")
-        positions = (inputs["input_ids"][0] == placeholder).nonzero().flatten().tolist()
-        merge = self.model.config.vision_config.spatial_merge_size**2
-        items: list[Steps] = []
-        at = 0
-        for t, h, w in inputs.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist():
-            size = h * w // merge
-            starts = [positions[at + i * size] for i in range(t)]
-            items.append([(start, start + size) for start in starts])
-            at += t * size
-        assert at == len(positions), "every placeholder belongs to one step"
-        return items
 
     def mask(self, inputs: Any, setting: Setting | None, length: int) -> np.ndarray:
         """``[length, length]`` bool: which token ``q`` attends to which token ``k``.
@@ -97,13 +75,13 @@ class Oracle:
             setting: see :meth:`logprobs`.
             length: tokens of the prompt and of the answer.
         """
-        videos, frames_per_step = [], []
+        videos: list[Steps] = []
+        frames_per_step: list[int] = []
         if setting:
-            videos = self.spans(inputs, "video")
-            frames_per_step = [self.model.config.vision_config.temporal_patch_size] * len(videos)
+            videos = self.videos(inputs)
+            frames_per_step = [self.frames_per_step] * len(videos)
         if setting and setting.image_runs:
-            images = [step for (step,) in self.spans(inputs, "image")]
-            runs = _image_runs(images, [video[0][0] for video in videos])
+            runs = _image_runs(self.images(inputs), [video[0][0] for video in videos])
             videos, frames_per_step = videos + runs, frames_per_step + [1] * len(runs)
         order = sorted(range(len(videos)), key=lambda i: videos[i][0])
         sink, block = (setting.sink_frames, setting.block_frames) if setting else (0, 1)
@@ -125,96 +103,10 @@ class Oracle:
             answer: generated tokens that follow the prompt.
         """
         ids = torch.cat([inputs["input_ids"][0], torch.tensor(answer, dtype=torch.int64)])
-        mask = self.mask(inputs, setting, len(ids))
-        pixels = {
-            name: inputs[name]
-            for name in (
-                "pixel_values",
-                "pixel_values_videos",
-                "image_grid_thw",
-                "video_grid_thw",
-            )
-            if name in inputs
-        }
-        if self.upstream_vision and "video_grid_thw" in pixels:
-            pixels["mm_encoder_outputs"] = {"video": self._upstream_features(pixels)}
-            del pixels["pixel_values_videos"]
+        mask = _additive(self.mask(inputs, setting, len(ids)))
         with torch.no_grad():
-            out = self.model(
-                input_ids=ids[None],
-                position_ids=self._positions(inputs, ids),
-                attention_mask={"full_attention": _additive(mask)},
-                use_cache=False,
-                **pixels,
-            )
-        return out.logits[0].float().log_softmax(dim=-1)
-
-    def _positions(self, inputs: Any, ids: torch.Tensor) -> torch.Tensor:
-        """``[3, 1, length]`` M-RoPE positions (temporal, height, width), one video or image after
-        the other: what follows starts one after the largest position so far, in any axis.
-
-        Written here from the models' own definition (Qwen2-VL report, section 2.1), and not taken
-        from transformers 5: its ``get_rope_index`` goes on after ``max(height, width)`` only, so
-        that text after a video longer than it is wide repeats the video's temporal positions.
-        """
-        config = self.model.config
-        merge = config.vision_config.spatial_merge_size
-        per_second = getattr(config.vision_config, "tokens_per_second", None)
-        seconds = iter(inputs.get("second_per_grid_ts", ()))
-        grids = {
-            config.image_token_id: iter(inputs.get("image_grid_thw", ())),
-            config.video_token_id: iter(inputs.get("video_grid_thw", ())),
-        }
-        columns: list[torch.Tensor] = []
-        at = start = 0
-        while at < len(ids):
-            if int(ids[at]) not in grids:
-                columns.append(torch.full((3, 1), start))
-                at, start = at + 1, start + 1
-                continue
-            t, h, w = (int(n) for n in next(grids[int(ids[at])]))
-            h, w = h // merge, w // merge
-            scale = 1.0
-            if int(ids[at]) == config.video_token_id and per_second is not None:
-                scale = float(next(seconds)) * per_second
-            times = (torch.arange(t) * scale).long()
-            block = torch.stack(
-                torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
-            )
-            columns.append(block.reshape(3, -1) + start)
-            at, start = at + t * h * w, start + int(block.max()) + 1
-        return torch.cat(columns, dim=1)[:, None]
-
-    def _upstream_features(self, pixels: dict[str, torch.Tensor]) -> Any:
-        """The vision tower with one full-attention segment for each whole video."""
-        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-
-        reference = modeling.get_vision_attention_seqlens
-        modeling.get_vision_attention_seqlens = partial(reference, merge_temporal=True)
-        try:
-            with torch.no_grad():
-                return self.model.model.get_video_features(
-                    pixels["pixel_values_videos"], pixels["video_grid_thw"], return_dict=True
-                )
-        finally:
-            modeling.get_vision_attention_seqlens = reference
-
-
-def sample(video: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The frames that SGLang samples of a video for Qwen's models, and their metadata.
-
-    Returns:
-        ``[T, 3, H, W]`` uint8 frames, T even, and the metadata that transformers takes.
-    """
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(str(video))
-    total, fps = len(decoder), float(decoder.metadata.average_fps or 0)
-    count = int(min(max(total / fps * SAMPLED_FPS, 4), total)) // 2 * 2
-    indices = np.linspace(0, total - 1, count, dtype=np.int64)
-    frames = decoder.get_frames_at(indices.tolist()).data
-    metadata = {"fps": fps, "total_num_frames": total, "frames_indices": indices.tolist()}
-    return frames, metadata
+            logits = self.logits(inputs, ids, mask)
+        return logits.float().log_softmax(dim=-1)
 
 
 def _image_runs(images: Sequence[tuple[int, int]], video_starts: Sequence[int]) -> list[Steps]:

@@ -17,10 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pevlm_sglang.frames import FrameSpanError, item_ranges
+from pevlm_sglang.frames import FrameSpanError, Prompt, image_ranges, item_ranges
 from pevlm_sglang.layout import FrameSpans
 
-ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+__all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
+
+ARCHITECTURES: tuple[str, ...] = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+)
 
 
 def frames_per_step(hf_config: Any) -> int:
@@ -28,12 +33,22 @@ def frames_per_step(hf_config: Any) -> int:
     return int(hf_config.vision_config.temporal_patch_size)
 
 
-def video_spans(item: Any, frames_per_step: int) -> list[FrameSpans]:
-    """The videos of one VIDEO item.
+def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+    """The videos of a request. The prompt holds no text of the processor.
 
     Raises:
-        FrameSpanError: offsets and grid do not fit together.
+        FrameSpanError: offsets and grid of an item do not fit together.
     """
+    return [
+        video
+        for item in inputs.mm_items
+        if item.is_video()
+        for video in _videos(item, frames_per_step)
+    ]
+
+
+def _videos(item: Any, frames_per_step: int) -> list[FrameSpans]:
+    """The videos of one VIDEO item."""
     ranges = item_ranges(item)
     grid = item.model_specific_data.get("video_grid_thw")
     if grid is None:

@@ -1,0 +1,163 @@
+"""Qwen2-VL and Qwen2.5-VL: Hugging Face's model, with M-RoPE positions from their definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.oracle import Oracle
+from support.spec_mask import Steps
+
+SAMPLED_FPS = 2.0  # SGLang's default for Qwen's models; the clips here are longer than 4 frames
+
+
+class QwenVLOracle(Oracle):
+    """Args:
+    model: directory of the checkpoint.
+    upstream_vision: whether to reproduce the two places where SGLang's vision path differs
+        from the reference: 24 frames a second, and one attention segment for a whole video.
+    """
+
+    def __init__(self, model: Path, *, upstream_vision: bool = False) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self.upstream_vision = upstream_vision
+        self.frames_per_step = self.model.config.vision_config.temporal_patch_size
+
+    def inputs(self, prompt: str, videos: Sequence[Path], images: Sequence[Any] = ()) -> Any:
+        """The processor's output for a prompt with one placeholder a video or image."""
+        clips = [sample(video) for video in videos]
+        metadata = [metadata for _, metadata in clips]
+        if self.upstream_vision:
+            metadata = [{**m, "fps": None} for m in metadata]
+        settings: dict[str, Any] = {}
+        if clips:
+            settings |= {
+                "videos": [frames for frames, _ in clips],
+                "video_metadata": metadata,
+                "do_sample_frames": False,
+            }
+        if images:
+            settings["images"] = list(images)
+        return self.processor(text=[prompt], return_tensors="pt", **settings)
+
+    def videos(self, inputs: Any) -> list[Steps]:
+        return self._steps(inputs, "video")
+
+    def images(self, inputs: Any) -> list[tuple[int, int]]:
+        return [step for (step,) in self._steps(inputs, "image")]
+
+    def _steps(self, inputs: Any, kind: str) -> list[Steps]:
+        """The steps of each video (or image), found as equal parts of its run of placeholders."""
+        placeholder = getattr(self.model.config, f"{kind}_token_id")
+        positions = (inputs["input_ids"][0] == placeholder).nonzero().flatten().tolist()
+        merge = self.model.config.vision_config.spatial_merge_size**2
+        items: list[Steps] = []
+        at = 0
+        for t, h, w in inputs.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist():
+            size = h * w // merge
+            starts = [positions[at + i * size] for i in range(t)]
+            items.append([(start, start + size) for start in starts])
+            at += t * size
+        assert at == len(positions), "every placeholder belongs to one step"
+        return items
+
+    def logits(self, inputs: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pixels = {
+            name: inputs[name]
+            for name in (
+                "pixel_values",
+                "pixel_values_videos",
+                "image_grid_thw",
+                "video_grid_thw",
+            )
+            if name in inputs
+        }
+        if self.upstream_vision and "video_grid_thw" in pixels:
+            pixels["mm_encoder_outputs"] = {"video": self._upstream_features(pixels)}
+            del pixels["pixel_values_videos"]
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=self._positions(inputs, ids),
+            attention_mask={"full_attention": mask},
+            use_cache=False,
+            **pixels,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def _positions(self, inputs: Any, ids: torch.Tensor) -> torch.Tensor:
+        """``[3, 1, length]`` M-RoPE positions (temporal, height, width), one video or image after
+        the other: what follows starts one after the largest position so far, in any axis.
+
+        Written here from the models' own definition (Qwen2-VL report, section 2.1), and not taken
+        from transformers 5: its ``get_rope_index`` goes on after ``max(height, width)`` only, so
+        that text after a video longer than it is wide repeats the video's temporal positions.
+        """
+        config = self.model.config
+        merge = config.vision_config.spatial_merge_size
+        per_second = getattr(config.vision_config, "tokens_per_second", None)
+        seconds = iter(inputs.get("second_per_grid_ts", ()))
+        grids = {
+            config.image_token_id: iter(inputs.get("image_grid_thw", ())),
+            config.video_token_id: iter(inputs.get("video_grid_thw", ())),
+        }
+        columns: list[torch.Tensor] = []
+        at = start = 0
+        while at < len(ids):
+            if int(ids[at]) not in grids:
+                columns.append(torch.full((3, 1), start))
+                at, start = at + 1, start + 1
+                continue
+            t, h, w = (int(n) for n in next(grids[int(ids[at])]))
+            h, w = h // merge, w // merge
+            scale = 1.0
+            if int(ids[at]) == config.video_token_id and per_second is not None:
+                scale = float(next(seconds)) * per_second
+            times = (torch.arange(t) * scale).long()
+            block = torch.stack(
+                torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+            )
+            columns.append(block.reshape(3, -1) + start)
+            at, start = at + t * h * w, start + int(block.max()) + 1
+        return torch.cat(columns, dim=1)[:, None]
+
+    def _upstream_features(self, pixels: dict[str, torch.Tensor]) -> Any:
+        """The vision tower with one full-attention segment for each whole video."""
+        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+        reference = modeling.get_vision_attention_seqlens
+        modeling.get_vision_attention_seqlens = partial(reference, merge_temporal=True)
+        try:
+            with torch.no_grad():
+                return self.model.model.get_video_features(
+                    pixels["pixel_values_videos"], pixels["video_grid_thw"], return_dict=True
+                )
+        finally:
+            modeling.get_vision_attention_seqlens = reference
+
+
+def sample(video: Path) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The frames that SGLang samples of a video for Qwen's models, and their metadata.
+
+    Returns:
+        ``[T, 3, H, W]`` uint8 frames, T even, and the metadata that transformers takes.
+    """
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(video))
+    total, fps = len(decoder), float(decoder.metadata.average_fps or 0)
+    count = int(min(max(total / fps * SAMPLED_FPS, 4), total)) // 2 * 2
+    indices = np.linspace(0, total - 1, count, dtype=np.int64)
+    frames = decoder.get_frames_at(indices.tolist()).data
+    metadata = {"fps": fps, "total_num_frames": total, "frames_indices": indices.tolist()}
+    return frames, metadata
