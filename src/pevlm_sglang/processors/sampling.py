@@ -1,0 +1,95 @@
+"""What a request says about the sampling of its videos: ``fps``, ``max_frames``, ``max_pixels``.
+
+A chat request says it in the ``video_url`` part, beside ``url``; on ``/generate`` an entry of
+``video_data`` may be a mapping with ``url`` and these names. It applies to that video alone, within
+the server's limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The wishes of one video; None = the server's setting.
+
+    Attributes:
+        fps: frames sampled from a second of video.
+        max_frames: most frames sampled.
+        max_pixels: most pixels of a sampled frame after the resize.
+
+    Raises:
+        ValueError: a value of the wrong type, or not positive.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            whole = name != "fps"
+            kind: Any = int if whole else (int, float)
+            ok = isinstance(value, kind) and not isinstance(value, bool)
+            if not ok or not 0 < value < math.inf:
+                expected = "a whole number" if whole else "a number"
+                raise ValueError(f"{name}: expected {expected} of more than 0, got {value!r}")
+
+    def given(self) -> dict[str, Any]:
+        """The wishes that were expressed."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def check(self, limits: Mapping[str, float]) -> None:
+        """Refuse what this model or this server does not offer.
+
+        Args:
+            limits: name → largest value, of all names that the model's processor heeds.
+
+        Raises:
+            ValueError: names the wish, what was expected and what came.
+        """
+        for name, value in self.given().items():
+            if name not in limits:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(limits)} for this model, got {name}"
+                )
+            if value > limits[name]:
+                raise ValueError(
+                    f"{name}: expected at most {limits[name]:g}, the server's limit, "
+                    f"got {value:g}; --mm-process-config raises it"
+                )
+
+
+_NAMES = tuple(field.name for field in fields(Sampling))
+
+
+def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Sampling]]:
+    """The videos of a request as SGLang loads them, and what each says about its sampling.
+
+    Args:
+        video_data: of SGLang's ``GenerateReqInput``: paths, URLs or bytes, ``VideoData`` objects
+            (from ``video_url``), or mappings (from ``/generate``).
+
+    Raises:
+        ValueError: a bad value.
+    """
+    pairs = [_split(video) for video in video_data or ()]
+    return [source for source, _ in pairs], [sampling for _, sampling in pairs]
+
+
+def _split(video: Any) -> tuple[Any, Sampling]:
+    source: Any
+    wishes: Mapping[str, Any] | None
+    if isinstance(video, Mapping) and "url" in video:  # not an input that is processed already
+        source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
+        if unknown := [name for name in wishes if name not in _NAMES]:
+            raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
+    elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
+        source = video.url
+    else:
+        return video, Sampling()
+    return source, Sampling(**{name: wishes[name] for name in _NAMES if name in wishes})
