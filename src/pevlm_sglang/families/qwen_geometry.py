@@ -177,8 +177,8 @@ class QwenGeometry:
         else:
             least = _ceiled(knobs.min_frames, _FRAME_FACTOR)
             wanted = total_frames / fps * knobs.fps
-            frames = min(max(wanted, least), knobs.max_frames, total_frames)
-            frames = _floored(frames, _FRAME_FACTOR)
+            bounded = min(max(wanted, least), knobs.max_frames, total_frames)
+            frames = _floored(bounded, _FRAME_FACTOR)
         if frames < _FRAME_FACTOR:
             raise ValueError(
                 f"sampled frames: expected nframes of at least {_FRAME_FACTOR}, got {frames}"

@@ -20,7 +20,7 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from pevlm_sglang.families.qwen_geometry import QwenGeometry, VideoKnobs
+from pevlm_sglang.families.qwen_geometry import KNOBS, QwenGeometry, VideoKnobs
 from pevlm_sglang.processors.sampling import Sampling, split
 
 _METADATA = "pevlm_video_metadata"
@@ -58,7 +58,9 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
         sources, wishes = split(video_data)
         asked = any(wish.given() for wish in wishes)
         if asked:
-            limits = limits_of(self.geometry, _server_knobs(self.geometry, self.video_config))
+            # Without corrections, SGLang passes names that are no knobs to the video processor.
+            known = {k: value for k, value in self.video_config.items() if k in KNOBS}
+            limits = limits_of(self.geometry, _server_knobs(self.geometry, known))
             for wish in wishes:
                 wish.check(limits)
         loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
