@@ -133,10 +133,9 @@ class QwenGeometry:
     def chat_template_tokens(self, prompt_tokens: int) -> tuple[int, int]:
         """Around ``<|im_start|>system⏎ … <|im_end|>⏎<|im_start|>user⏎<|vision_start|>``, and
         ``<|vision_end|> … <|im_end|>⏎<|im_start|>assistant⏎``. Qwen3's template has no system turn
-        without a system prompt, and its vision tokens belong to the steps."""
-        if not self.has_timestamps:
-            return 9, 6
-        return 3 + 5 * (prompt_tokens > 0), 5
+        without a system prompt."""
+        has_system_turn = prompt_tokens > 0 or not self.has_timestamps
+        return 4 + 5 * has_system_turn, 6
 
     @property
     def factor(self) -> int:
