@@ -10,12 +10,12 @@ worse the longer the video is:
   attends within each step: wrong features, at a cost quadratic in the length of the video
   (sglang/srt/models/qwen2_5_vl.py, ``Qwen2_5_VisionTransformer.forward``).
 
+``embeddings.py`` holds the third correction, which saves work and changes no value.
 ``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.support import UnsupportedError
+from pevlm_sglang.patching import wrap as _wrap
 
 MODEL_TYPE = "qwen2_5_vl"
 TEMPORAL_POSITIONS = "temporal positions follow the sampled frame rate"
@@ -80,19 +80,6 @@ def fix_positions() -> None:
     _wrap(qwen_vl, "preprocess_video", _keep_metadata)
     _wrap(qwen_vl.QwenVLImageProcessor, "process_and_combine_mm_data_async", _pass_metadata)
     _wrap(MultimodalDataItem, "set_pad_value", _hash_frame_rate)
-
-
-def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name, None)
-    if original is None:
-        raise UnsupportedError(
-            f"this SGLang has no {owner.__name__}.{name}, which the corrections need; install "
-            "sglang>=0.5.21 (developed on 0.5.23), or serve with --pevlm-vision-fixes false"
-        )
-    if not hasattr(original, "pevlm_original"):
-        corrected = functools.wraps(original)(wrap(original))
-        corrected.pevlm_original = original  # type: ignore[attr-defined]
-        setattr(owner, name, corrected)
 
 
 def _keep_metadata(preprocess_video: Callable[..., Any]) -> Callable[..., Any]:
