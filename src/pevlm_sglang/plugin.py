@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, processors, requests, support, vision
+from pevlm_sglang import arguments, embeddings, processors, requests, support, vision
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
@@ -54,12 +54,14 @@ class _Serving:
         config: of the server.
         rule: how the model's frames are found.
         observer: what was computed so far.
+        keeper: of the embeddings that prefill has begun to use.
         vision_corrections: what is corrected in SGLang's vision path, in words.
     """
 
     config: PevlmConfig
     rule: SpanRule
     observer: Observer
+    keeper: embeddings.Keeper
     vision_corrections: tuple[str, ...]
 
 
@@ -226,13 +228,15 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         rule = SpanRule.of_model(model_runner.model_config.hf_config)
         support.check_model(model_runner)
         put_on(prefill_backend, observer)
+        keeper = embeddings.Keeper(observer)
         fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
+        fixes += embeddings.install(keeper, config)
     except UnsupportedError as error:
         _stop(error)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.serving = _Serving(config, rule, observer, fixes)
+    _Process.serving = _Serving(config, rule, observer, keeper, fixes)
     if first_rank:
         steps = rule.frames_per_step
         logger.info(
@@ -264,8 +268,10 @@ def _after_req_init(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
 def _before_add_request_to_queue(
     _scheduler: Any, req: Any, *args: Any, is_retracted: bool = False, **kwargs: Any
 ) -> None:
-    if _Process.serving is not None and not is_retracted:
-        requests.on_queued(req, _Process.serving.rule)
+    if (serving := _Process.serving) is not None:
+        serving.keeper.release(req.multimodal_inputs)
+        if not is_retracted:
+            requests.on_queued(req, serving.rule)
 
 
 # --- Seen from outside -----------------------------------------------------------------------
@@ -282,8 +288,9 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
 
 
 def _after_get_internal_state(output: Any, _scheduler: Any, _request: Any) -> None:
-    if _Process.serving is not None:
-        output.internal_state[SERVER_INFO_KEY] = _Process.serving.observer.totals.describe()
+    if (serving := _Process.serving) is not None:
+        serving.keeper.report()
+        output.internal_state[SERVER_INFO_KEY] = serving.observer.describe()
 
 
 def _after_controller_init_info(info: dict[str, Any], controller: Any) -> None:

@@ -16,12 +16,12 @@ qwen-vl-utils:
   (sglang/srt/models/qwen2_5_vl.py, ``Qwen2_5_VisionTransformer.forward``).
 
 The first three are corrected by the processor (``processors/qwen_vl.py``), the last one here.
+``embeddings.py`` holds one more, for all models, which saves work and changes no value.
 ``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.support import UnsupportedError
+from pevlm_sglang.patching import wrap
 
 SAMPLING = "frames are sampled as by qwen-vl-utils"
 RESIZING = "frames are resized as by qwen-vl-utils"
@@ -77,33 +77,20 @@ def fix_tower() -> None:
     """Make Qwen2.5-VL's vision tower attend within each step. Runs in the scheduler."""
     from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def per_step(forward: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(self: Any, x: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
             return forward(self, x, split_into_steps(grid_thw))
 
         return corrected
 
-    _wrap(Qwen2_5_VisionTransformer, "forward", wrap)
+    wrap(Qwen2_5_VisionTransformer, "forward", per_step)
 
 
 def hash_frame_rates() -> None:
     """Tell videos apart by their frame rate too. Runs in the launcher and in the scheduler."""
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
 
-    _wrap(MultimodalDataItem, "set_pad_value", _hash_frame_rate)
-
-
-def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name, None)
-    if original is None:
-        raise UnsupportedError(
-            f"this SGLang has no {owner.__name__}.{name}, which the corrections need; install "
-            "sglang>=0.5.21 (developed on 0.5.23), or serve with --pevlm-vision-fixes false"
-        )
-    if not hasattr(original, "pevlm_original"):
-        corrected = functools.wraps(original)(wrap(original))
-        corrected.pevlm_original = original  # type: ignore[attr-defined]
-        setattr(owner, name, corrected)
+    wrap(MultimodalDataItem, "set_pad_value", _hash_frame_rate)
 
 
 def _hash_frame_rate(set_pad_value: Callable[..., Any]) -> Callable[..., Any]:
