@@ -76,6 +76,8 @@ def make_tiny_model(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=weight_std, generator=generator)
+        # No placeholder in an answer, which Hugging Face's model would take for one of a video.
+        model.lm_head.weight[[config.image_token_id, config.video_token_id]] = 0.0
     model.save_pretrained(directory)
     if moe:
         _publish_experts(directory / "model.safetensors")
