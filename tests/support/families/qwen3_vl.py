@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,26 @@ def _vision_config(hidden_size: int) -> dict[str, Any]:
     }
 
 
+def find_steps(tokenizer: Any, ids: Sequence[int], lengths: Sequence[int]) -> list[Steps]:
+    """The steps of each video, found as ``<t seconds><|vision_start|>…<|vision_end|>`` in the text
+    of the prompt. A token with characters on both sides of a step's start is before it.
+
+    Args:
+        tokenizer: of the model.
+        ids: of the expanded prompt, with the placeholder token itself.
+        lengths: steps of each video.
+    """
+    piece = {i: tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in set(ids)}
+    starts = [0, *accumulate(len(piece[i]) for i in ids)]
+    steps = [
+        (bisect_left(starts, match.start()), bisect_left(starts, match.end()))
+        for match in _STEP.finditer("".join(piece[i] for i in ids))
+    ]
+    assert len(steps) == sum(lengths), "every step was found"
+    ends = list(accumulate(lengths))
+    return [steps[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
 class Qwen3VLOracle(QwenVLOracle):
     """Args:
     model: directory of the checkpoint.
@@ -175,24 +197,8 @@ class Qwen3VLOracle(QwenVLOracle):
         super().__init__(model)
 
     def videos(self, inputs: Any) -> list[Steps]:
-        """The steps of each video, found as ``<t seconds><|vision_start|>…<|vision_end|>`` in the
-        text of the prompt. A token with characters on both sides of a step's start is before it.
-        """
-        ids = inputs["input_ids"][0].tolist()
-        decode = self.processor.tokenizer.decode
-        pieces = [decode([i], clean_up_tokenization_spaces=False) for i in ids]
-        starts = [0, *accumulate(len(piece) for piece in pieces)]
-        steps = [
-            (
-                next(i for i, start in enumerate(starts) if start >= match.start()),
-                starts.index(match.end()),
-            )
-            for match in _STEP.finditer("".join(pieces))
-        ]
         lengths = [int(t) for t, _, _ in inputs.get("video_grid_thw", ())]
-        assert len(steps) == sum(lengths), "every step was found"
-        ends = list(accumulate(lengths))
-        return [steps[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return find_steps(self.processor.tokenizer, inputs["input_ids"][0].tolist(), lengths)
 
     def logits(self, inputs: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out = self.model(
