@@ -53,12 +53,12 @@ def test_another_mask_would_show(exchange: Exchange, clip: Clip) -> None:
 
 @dense
 def test_a_token_on_the_wrong_side_would_show(exchange: Exchange, clip: Clip) -> None:
-    """Steps that begin at ``<|vision_start|>`` instead of at their timestamp, and steps that end
-    before ``<|vision_end|>``: both tile the video, and both are wrong."""
+    """Steps that end before ``<|vision_end|>``, and steps that begin six tokens late, behind their
+    timestamp: both tile a video, and both are wrong."""
     question = about(clip(30), setting=Setting(4, 4))
     [answer] = exchange.check(question)
     find = exchange.oracle.videos
-    for shift in (-1, 8):
+    for shift in (-1, 6):
         exchange.oracle.videos = lambda inputs, shift=shift: [
             [(start + shift, end + shift) for start, end in video] for video in find(inputs)
         ]

@@ -203,7 +203,7 @@ class Qwen3VLOracle(QwenVLOracle):
     def logits(self, inputs: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out = self.model(
             input_ids=ids[None],
-            position_ids=self._positions(inputs, ids),
+            position_ids=self.positions(inputs, ids),
             attention_mask=mask,
             use_cache=False,
             **{name: inputs[name] for name in _PIXELS if name in inputs},
@@ -211,7 +211,7 @@ class Qwen3VLOracle(QwenVLOracle):
         logits: torch.Tensor = out.logits[0]
         return logits
 
-    def _positions(self, inputs: Any, ids: torch.Tensor) -> torch.Tensor:
+    def positions(self, inputs: Any, ids: torch.Tensor) -> torch.Tensor:
         """``[3, 1, length]`` M-RoPE positions. Each step, like each image, is a grid of its own at
         one temporal position, and its timestamp is ordinary text; what follows a grid starts one
         after its largest position. Source: Qwen3-VL's report, on text-based time alignment.
