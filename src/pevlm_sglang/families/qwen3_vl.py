@@ -86,7 +86,7 @@ def _steps(ranges: list[Range], inputs: Any, prompt: Prompt) -> list[Range]:
         if steps and not _TIMESTAMP.fullmatch(text):
             raise FrameSpanError(
                 f"step {len(steps)} of a video: expected a timestamp, '<0.2 seconds>' say, between "
-                f"it and the step before it, got {text!r}"
+                f"it and the step before it, got {text[:80]!r}"
             )
         steps.append((start, end + 1))
     return steps
@@ -123,7 +123,5 @@ def _text(prompt: Prompt, start: int, end: int) -> str:
     ids = [int(i) for i in prompt.ids[start:end]]
     if any(i >= _FIRST_PLACEHOLDER for i in ids):  # the tokenizer would skip it
         return "\N{REPLACEMENT CHARACTER}"
-    text: str = prompt.tokenizer.decode(
-        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    text: str = prompt.tokenizer.decode(ids, skip_special_tokens=False)
     return text
