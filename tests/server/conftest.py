@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
+from support.families import llava_video
+from support.families.llava_video import LlavaVideoOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -45,7 +47,7 @@ class Deployment:
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
-}
+} | {"llava_video": llava_video.make_tiny_model}
 """Architecture → writes a tiny model into a directory."""
 
 
@@ -75,6 +77,18 @@ DEPLOYMENTS = {
             *("--disable-overlap-schedule", "--skip-server-warmup"),
         ),
         {"TRITON_INTERPRET": "1"},
+    ),
+    "llava_video": Deployment(
+        (
+            *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
+            "--disable-overlap-schedule",
+        ),
+        architecture="llava_video",
+        oracle=LlavaVideoOracle,
+        video=(
+            "--mm-process-config",
+            f'{{"video": {{"num_frames": {llava_video.NUM_FRAMES}, "max_frames": 80}}}}',
+        ),
     ),
     "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),

@@ -188,6 +188,8 @@ class LlavaVideoProcessor(LlavaImageProcessor):
     def _video(self, video: Any, wish: Sampling) -> _Medium:
         decoder = load_video(video, use_gpu=False)
         try:
+            if not len(decoder):
+                raise ValueError("video: expected at least one frame, got none")
             indices = sampled_frames(
                 len(decoder),
                 decoder.avg_fps,
