@@ -199,7 +199,7 @@ def test_bad_knobs(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VideoKnobs.of(values)
     pytest.importorskip("sglang")
-    with pytest.raises(ValueError, match=f"^--mm-process-config: video: .*{message}"):
+    with pytest.raises(UnsupportedError, match=f"^--mm-process-config: video: .*{message}"):
         processors.check_launch(config(), values)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given
 from test_layout import build, chunks, cut_sets
 from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
@@ -87,6 +90,9 @@ def test_golden_totals() -> None:
         "pairs_computed": 2 * (5 + 6 + 7) + (14 + 15) + 15 + 10 + 6 + 28,
         "pairs_saved": 3 * 3 + 3 * 6,
         "sparse_forwards": 1,
+        "vision_runs": 0,
+        "vision_items": 0,
+        "vision_seconds": 0.0,
     }
 
 
@@ -120,10 +126,9 @@ def test_silent_ranks_do_not_log(caplog: pytest.LogCaptureFixture) -> None:
 def test_prometheus_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
     registry = prometheus_client.CollectorRegistry()
-    original = prometheus_client.Counter
-    monkeypatch.setattr(
-        prometheus_client, "Counter", lambda *args: original(*args, registry=registry)
-    )
+    for kind in ("Counter", "Gauge"):
+        original = getattr(prometheus_client, kind)
+        monkeypatch.setattr(prometheus_client, kind, partial(original, registry=registry))
     observer = Observer(log=False, metrics=True)
 
     def tokens(kind: str, reason: str) -> float | None:
@@ -141,3 +146,55 @@ def test_prometheus_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, value in (("computed", totals.pairs_computed), ("saved", totals.pairs_saved)):
         found = registry.get_sample_value("pevlm_attention_pairs_total", {"kind": kind})
         assert found == value > 0
+    assert registry.get_sample_value("pevlm_vision_runs_total") == 0.0
+    with observer.vision_run(2, torch.device("cpu")):
+        pass
+    observer.embeddings_kept(4096)
+    assert registry.get_sample_value("pevlm_vision_runs_total") == 1.0
+    assert registry.get_sample_value("pevlm_vision_seconds_total") == totals.vision_seconds > 0
+    assert registry.get_sample_value("pevlm_vision_kept_bytes") == 4096
+
+
+def test_vision_runs() -> None:
+    observer = Observer(log=False, metrics=False)
+    for num_items in (1, 3):
+        with observer.vision_run(num_items, torch.device("cpu")):
+            time.sleep(0.01)
+    observer.embeddings_kept(4096)
+    described = observer.describe()
+    assert described["vision_runs"] == 2
+    assert described["vision_items"] == 4
+    assert 0.02 <= described["vision_seconds"] < 1
+    assert described["vision_kept_bytes"] == 4096
+
+
+class Event:
+    """A CUDA event; ``ended`` says when the device has reached it."""
+
+    ended = False
+    number = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.number += 1
+        self.at = Event.number
+
+    def query(self) -> bool:
+        return Event.ended
+
+    def elapsed_time(self, end: Event) -> float:
+        return 500.0 * (end.at - self.at)
+
+
+def test_runs_on_a_gpu_are_timed_when_they_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    observer = Observer(log=False, metrics=False)
+    for _ in range(2):
+        with observer.vision_run(1, torch.device("cuda")):
+            pass
+    assert (observer.describe()["vision_runs"], observer.describe()["vision_seconds"]) == (2, 0.0)
+    Event.ended = True
+    assert observer.describe()["vision_seconds"] == 1.0
+    assert observer.describe()["vision_seconds"] == 1.0

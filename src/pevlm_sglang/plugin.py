@@ -14,11 +14,20 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, corrections, processors, requests, support, vision
+from pevlm_sglang import (
+    arguments,
+    corrections,
+    embeddings,
+    processors,
+    requests,
+    support,
+    vision,
+)
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.observe import Observer
+from pevlm_sglang.processors import video_url
 from pevlm_sglang.processors.loading import load_processor
 from pevlm_sglang.support import UnsupportedError
 
@@ -56,12 +65,14 @@ class _Serving:
         config: of the server.
         rule: how the model's frames are found.
         observer: what was computed so far.
+        keeper: of the embeddings that prefill has begun to use.
         vision_corrections: what is corrected in SGLang's vision path, in words.
     """
 
     config: PevlmConfig
     rule: SpanRule
     observer: Observer
+    keeper: embeddings.Keeper
     vision_corrections: tuple[str, ...]
 
 
@@ -161,11 +172,12 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     if config is None:
         return
     try:
+        video_url.offer_max_pixels()
         if config.vision_fixes:
-            vision.fix_positions()
+            vision.hash_frame_rates()
         if not resolved_before:
             _check_resolved(server_args, config)
-    except (UnsupportedError, ValueError) as error:
+    except UnsupportedError as error:
         _stop(error)
 
 
@@ -173,23 +185,24 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model` and
-            :func:`pevlm_sglang.support.check_server_args`.
+        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model`,
+            :func:`pevlm_sglang.support.check_server_args` and
+            :func:`pevlm_sglang.processors.check_launch`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     hf_config = model_config_of(server_args).hf_config
     SpanRule.of_model(hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
-    if _in_our_hands(hf_config):
-        processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
-        processors.offer_chat_template(hf_config.architectures or (), resolved.model_path)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
             f"--dp-size: expected 1, got {resolved.dp_size}; this SGLang's data-parallel "
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
     support.check_server_args(resolved, config)
+    if config.vision_fixes:
+        processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
+        processors.offer_chat_template(hf_config.architectures or (), resolved.model_path)
     logger.info("PEVLM configuration: %s", config.describe())
 
 
@@ -246,14 +259,16 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         rule = SpanRule.of_model(model_runner.model_config.hf_config)
         support.check_model(model_runner)
         put_on(prefill_backend, observer)
+        keeper = embeddings.Keeper(observer)
         fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
         fixes += corrections.described(model_runner.model)
+        fixes += embeddings.install(keeper, config)
     except UnsupportedError as error:
         _stop(error)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.serving = _Serving(config, rule, observer, fixes)
+    _Process.serving = _Serving(config, rule, observer, keeper, fixes)
     if first_rank:
         steps = rule.frames_per_step
         logger.info(
@@ -285,8 +300,10 @@ def _after_req_init(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
 def _before_add_request_to_queue(
     _scheduler: Any, req: Any, *args: Any, is_retracted: bool = False, **kwargs: Any
 ) -> None:
-    if _Process.serving is not None and not is_retracted:
-        requests.on_queued(req, _Process.serving.rule)
+    if (serving := _Process.serving) is not None:
+        serving.keeper.release(req.multimodal_inputs)
+        if not is_retracted:
+            requests.on_queued(req, serving.rule)
 
 
 # --- Seen from outside -----------------------------------------------------------------------
@@ -303,8 +320,9 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
 
 
 def _after_get_internal_state(output: Any, _scheduler: Any, _request: Any) -> None:
-    if _Process.serving is not None:
-        output.internal_state[SERVER_INFO_KEY] = _Process.serving.observer.totals.describe()
+    if (serving := _Process.serving) is not None:
+        serving.keeper.report()
+        output.internal_state[SERVER_INFO_KEY] = serving.observer.describe()
 
 
 def _after_controller_init_info(info: dict[str, Any], controller: Any) -> None:

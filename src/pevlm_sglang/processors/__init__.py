@@ -10,7 +10,15 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pevlm_sglang.support import UnsupportedError
+
+_QWEN_VL = "pevlm_sglang.processors.qwen_vl:QwenVLProcessor"
+
 _PROCESSORS: dict[str, str] = {
+    "Qwen2VLForConditionalGeneration": _QWEN_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
+    "Qwen3VLForConditionalGeneration": _QWEN_VL,
+    "Qwen3VLMoeForConditionalGeneration": _QWEN_VL,
     "LlavaQwenForCausalLM": "pevlm_sglang.processors.llava_video:LlavaVideoProcessor",
 }
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
@@ -19,35 +27,6 @@ _PROCESSORS: dict[str, str] = {
 _CHAT_TEMPLATES: dict[str, str] = {"LlavaQwenForCausalLM": "chatml-llava"}
 """Architecture → the chat template of SGLang that writes its placeholders. The one in the published
 checkpoint is of the language model alone, and drops them."""
-
-
-def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
-    """Refuse video settings of a server before it starts, as far as the processor can tell.
-
-    Args:
-        hf_config: of the model.
-        video_config: the ``video`` section of SGLang's ``--mm-process-config``.
-
-    Raises:
-        ValueError: an unknown name, or a bad value.
-    """
-    processor: Any = for_architectures(None, hf_config.architectures or ())
-    if processor is not None:
-        processor.check_launch(hf_config, video_config)
-
-
-def offer_chat_template(architectures: Iterable[str], model_path: str) -> None:
-    """Make SGLang choose the chat template of a model that it does not know by its path.
-
-    ``--chat-template`` takes precedence.
-    """
-    from sglang.srt.parser.conversation import register_conv_template_matching_function
-
-    for name in architectures:
-        if template := _CHAT_TEMPLATES.get(name):
-            register_conv_template_matching_function(
-                lambda path, template=template: template if path == model_path else None
-            )
 
 
 def for_architectures(upstream: type | None, architectures: Iterable[str]) -> type | None:
@@ -65,3 +44,36 @@ def for_architectures(upstream: type | None, architectures: Iterable[str]) -> ty
             processor: Any = pkgutil.resolve_name(_PROCESSORS[name])
             return processor
     return upstream
+
+
+def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
+    """Refuse video settings of a server before it starts, as far as the processor can tell.
+
+    Args:
+        hf_config: of the model.
+        video_config: the ``video`` section of SGLang's ``--mm-process-config``.
+
+    Raises:
+        UnsupportedError: an unknown name, or a bad value.
+    """
+    processor: Any = for_architectures(None, hf_config.architectures or ())
+    if processor is None:
+        return
+    try:
+        processor.check_launch(hf_config, video_config)
+    except ValueError as error:
+        raise UnsupportedError(f"--mm-process-config: {error}") from None
+
+
+def offer_chat_template(architectures: Iterable[str], model_path: str) -> None:
+    """Make SGLang choose the chat template of a model that it does not know by its path.
+
+    ``--chat-template`` takes precedence.
+    """
+    from sglang.srt.parser.conversation import register_conv_template_matching_function
+
+    for name in architectures:
+        if template := _CHAT_TEMPLATES.get(name):
+            register_conv_template_matching_function(
+                lambda path, template=template: template if path == model_path else None
+            )

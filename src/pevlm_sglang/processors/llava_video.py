@@ -82,7 +82,7 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         try:
             VideoKnobs.of(video_config)
         except ValueError as error:
-            raise ValueError(f"--mm-process-config: video: {error}") from error
+            raise ValueError(f"video: {error}") from error
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any

@@ -1,0 +1,315 @@
+"""What one vision-tower run a video, and attention within each step, save: SGLang beside PEVLM.
+
+    python benchmarks/bench_vision.py
+
+Method. Two real servers answer the same questions about longer and longer videos: one with SGLang's
+own vision path (``--pevlm-vision-fixes false``), one with PEVLM's. The language model runs under
+PEVLM on both, in chunks, so that nothing but the vision path differs. For each video: runs of the
+vision tower and their time on the device, as the server counts them, and the time to first token (a
+request for one token, from sending it to its answer; decoding and processor are in it). The
+smallest of the repeats is reported, the least disturbed by others on the machine.
+
+Where there is a CUDA GPU, the model has the dimensions of Qwen2.5-VL-7B with random weights, and
+SGLang its default cache of 100 MB for embeddings. Elsewhere (``--device cpu``) it is a small
+Qwen2.5-VL, one of whose eight vision layers attends beyond windows as four of 32 do in the large
+one; its embeddings are small, so that the cache is off (``SGLANG_VLM_CACHE_SIZE_MB=0``) to stand
+for videos that exceed it. On the CPU platform of this repository SGLang's vision attention computes
+segment by segment on both sides, as it does on a GPU.
+
+No figure without a green gate: on a short clip, cut by a chunk, log-probs of each side must equal
+Hugging Face's model with the same vision path, and the two paths must differ. (On a GPU the gate
+runs the small model in float32.) And the PEVLM side must have run the tower once a video.
+
+- Runs: SGLang encodes a video again for each chunk that overlaps it. PEVLM: once.
+- Time of one run, a frame: SGLang's tower attends over the whole video, so it grows with the length
+  of the video. PEVLM's attends within each step, so it does not.
+
+The GPU side was never run: unmeasured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # `benchmarks` and `support` live there
+
+from benchmarks.demo import card  # noqa: E402  # needs the line above
+from support.exchange import BATCH_ENV, SHARP, TOLERANCE, Exchange, about  # noqa: E402
+from support.families.qwen_vl import QwenVLOracle  # noqa: E402
+from support.oracle import Setting  # noqa: E402
+from support.server import Server  # noqa: E402
+from support.tiny import make_tiny_model  # noqa: E402
+from support.video import write_video  # noqa: E402
+
+WORK_DIR = ROOT / ".cache" / "bench_vision"
+SIDES = ("upstream", "pevlm")
+FPS = 2.0  # of the clips, which is what SGLang samples: every frame is one
+SETTING = Setting(4, 4)
+SMALL_MODEL: dict[str, Any] = {
+    "vision_depth": 8,
+    "vision_hidden_size": 160,
+    "vision_num_heads": 4,
+}
+FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+# The released Qwen2.5-VL-7B-Instruct, config.json.
+TEXT_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [16, 24, 24],
+    },
+}
+VISION_7B = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured on a device.
+
+    Attributes:
+        seconds: lengths of the videos, two frames a second.
+        frame: (width, height) in pixels; 28 x 28 of them are a token of a step of two frames.
+        chunk: ``--chunked-prefill-size``.
+    """
+
+    seconds: tuple[int, ...]
+    frame: tuple[int, int]
+    chunk: int
+
+
+SIZES = {
+    "cpu": Sizes((16, 32, 64), (224, 168), 512),  # 48 tokens a step
+    "cuda": Sizes((64, 128, 256, 384), (448, 336), 8192),  # 192 tokens a step
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One video on one side.
+
+    Attributes:
+        frames: sampled.
+        prompt_tokens: of the expanded prompt.
+        runs: of the vision tower.
+        vision_s: time of the runs on the device.
+        ttft_s: time to first token.
+    """
+
+    frames: int
+    prompt_tokens: int
+    runs: int
+    vision_s: float
+    ttft_s: float
+
+    @property
+    def frame_ms(self) -> float:
+        """Of one run, a frame."""
+        return 1000 * self.vision_s / self.runs / self.frames
+
+
+def serve(model: Path, side: str, device: str, chunk: int, work: Path, *, small: bool) -> Server:
+    """A server with one of the vision paths.
+
+    Args:
+        small: whether the model is the small one, with weights, in float32.
+    """
+    flags = ["--attention-backend", "pevlm", "--chunked-prefill-size", str(chunk), *FEW_TOKENS]
+    flags += ["--pevlm-sink-frames", "4", "--pevlm-block-frames", "4", "--skip-server-warmup"]
+    env = dict(BATCH_ENV)
+    if side == "upstream":
+        flags += ["--pevlm-vision-fixes", "false"]
+    if small:
+        env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+    if device == "cuda":
+        env |= {"SGLANG_PLATFORM": "", "TORCHDYNAMO_DISABLE": "0"}
+        flags += ["--device", "cuda", "--max-total-tokens", "131072"]
+        if small:
+            flags += ["--pevlm-base-backend", "torch_native", "--mm-attention-backend", "sdpa"]
+            flags += ["--disable-cuda-graph"]
+        else:
+            flags += ["--load-format", "dummy", "--dtype", "bfloat16"]
+            flags += ["--mem-fraction-static", "0.7"]
+    log = work / f"{side}-{'small' if small else '7b'}.log"
+    return Server(model, *flags, env=env, log_path=log, startup_timeout=600)
+
+
+def check(
+    server: Server, oracle: QwenVLOracle, other: QwenVLOracle, clip: Path, device: str
+) -> str:
+    """The gate: the server equals its own reference and differs from the other side's."""
+    exchange = Exchange(server, oracle)
+    question = about(clip, setting=SETTING)
+    # The server's default is SETTING, which therefore travels as no override.
+    [answer] = exchange.ask(about(clip))
+    own = exchange.difference(question, answer, SETTING)
+    others = Exchange(server, other).difference(question, answer, SETTING)
+    bound = TOLERANCE if device == "cpu" else SHARP  # GPUs may multiply float32 in TF32
+    verdict = f"{own:.1e} from its own reference, {others:.1e} from the other's"
+    if own > bound or others < SHARP:
+        sys.exit(f"bench_vision: gate: expected at most {bound}, at least {SHARP}; got {verdict}")
+    return verdict
+
+
+def measure(server: Server, clips: dict[int, Path], repeats: int) -> list[Figures]:
+    """Each video, on empty caches."""
+    figures = []
+    ask(server, clips[min(clips)], frames=0)  # warm up
+    for seconds, clip in clips.items():
+        frames = round(seconds * FPS)
+        runs = [ask(server, clip, frames=frames) for _ in range(repeats)]
+        if len({run.runs for run in runs}) != 1:
+            sys.exit(f"bench_vision: runs of the tower differ between repeats: {runs}")
+        best = min(runs, key=lambda run: run.ttft_s)
+        print(f"  {frames} frames: {best.runs} runs, {best.vision_s:.2f} s", flush=True)
+        figures.append(best)
+    return figures
+
+
+def ask(server: Server, clip: Path, *, frames: int) -> Figures:
+    flushed = server.post("/flush_cache?timeout=10")
+    if flushed.status_code != 200:
+        sys.exit(f"bench_vision: /flush_cache: expected HTTP 200, got {flushed.status_code}")
+    before = totals(server)
+    start = time.perf_counter()
+    answer = server.generate(
+        text=about(clip).text,
+        video_data=[str(clip)],
+        sampling_params={"temperature": 0, "max_new_tokens": 1},
+    )
+    ttft = time.perf_counter() - start
+    after = totals(server)
+    if after["vision_kept_bytes"]:
+        sys.exit(f"bench_vision: {after['vision_kept_bytes']} bytes of embeddings are still held")
+    return Figures(
+        frames=frames,
+        prompt_tokens=answer["meta_info"]["prompt_tokens"],
+        runs=after["vision_runs"] - before["vision_runs"],
+        vision_s=after["vision_seconds"] - before["vision_seconds"],
+        ttft_s=ttft,
+    )
+
+
+def totals(server: Server) -> dict[str, Any]:
+    """PEVLM's totals in the scheduler."""
+    found: dict[str, Any] = server.info()["internal_states"][0]["pevlm"]
+    return found
+
+
+def write_7b(directory: Path, small: Path) -> Path:
+    """A model directory of the real dimensions with no weights: tokenizer and processor are the
+    small model's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in small.iterdir():
+        if file.suffix == ".json" and "index" not in file.name:
+            (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((small / "config.json").read_text())
+    config["text_config"] |= TEXT_7B
+    config["vision_config"] |= VISION_7B
+    for old in ("rope_scaling", "head_dim", "layer_types", "max_window_layers"):
+        config["text_config"].pop(old, None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    return directory
+
+
+def table(figures: dict[str, list[Figures]]) -> str:
+    """A row a video: SGLang's figure, PEVLM's, and their ratio."""
+    head = f"{'':15}{'tower runs':^15}{'a run, ms a frame':^21}{'tower':^24}{'first token':^26}"
+    names = "".join(f"{'SGLang':>{w}}{'PEVLM':>{w}}" for w in (7, 10))
+    names += 2 * f"{'SGLang':>9}{'PEVLM':>8}{'ratio':>8}"
+    lines = [head, f"{'frames':>6}{'tokens':>8} {names}"]
+    for up, own in zip(*(figures[side] for side in SIDES), strict=True):
+        lines.append(
+            f"{up.frames:>6}{up.prompt_tokens:>8} {up.runs:>7}{own.runs:>7}"
+            f"{up.frame_ms:>10.2f}{own.frame_ms:>10.2f}"
+            f"{up.vision_s:>7.2f} s{own.vision_s:>6.2f} s{up.vision_s / own.vision_s:>7.1f}x"
+            f"{up.ttft_s:>7.2f} s{own.ttft_s:>6.2f} s{up.ttft_s / own.ttft_s:>7.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SGLang's vision path beside PEVLM's")
+    parser.add_argument("--device", choices=SIZES, help="default: cuda where there is one, or cpu")
+    parser.add_argument("--seconds", type=int, nargs="+", help="lengths of the videos")
+    parser.add_argument("--chunk", type=int, help="chunked prefill size (cpu: 512, cuda: 8192)")
+    parser.add_argument("--repeats", type=int, default=2, help="of each (default: 2)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument(
+        "--work-dir", type=Path, default=WORK_DIR, help="for models, videos and logs"
+    )
+    options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected >= 1, got {options.repeats}")
+    work: Path = options.work_dir
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = SIZES[device]
+    chunk: int = options.chunk or sizes.chunk
+
+    header = card()
+    if device == "cuda":
+        header += f"\n{torch.cuda.get_device_name()}"
+    print(header, flush=True)
+    small = make_tiny_model(work / "small", **SMALL_MODEL)
+    clips = {
+        seconds: write_video(work / f"{seconds}s.mp4", seconds=seconds, fps=FPS, size=sizes.frame)
+        for seconds in options.seconds or sizes.seconds
+    }
+    short = write_video(work / "gate.mp4", seconds=12, size=SIZES["cpu"].frame)  # 576 tokens
+    oracles = {side: QwenVLOracle(small, upstream_vision=side == "upstream") for side in SIDES}
+
+    figures: dict[str, list[Figures]] = {}
+    gate: dict[str, str] = {}
+    for side in SIDES:
+        other = oracles["pevlm" if side == "upstream" else "upstream"]
+        print(f"starting the server: {side}", flush=True)
+        gate_chunk = chunk if device == "cpu" else SIZES["cpu"].chunk
+        with serve(small, side, device, gate_chunk, work, small=True) as server:
+            gate[side] = check(server, oracles[side], other, short, device)
+            print(f"  gate: {gate[side]}", flush=True)
+            if device == "cpu":
+                figures[side] = measure(server, clips, options.repeats)
+        if device == "cuda":
+            model = write_7b(work / "7b", small)
+            with serve(model, side, device, chunk, work, small=False) as server:
+                figures[side] = measure(server, clips, options.repeats)
+    if any(own.runs != 1 for own in figures["pevlm"]):
+        sys.exit("bench_vision: expected one run of the tower a video on the PEVLM side")
+    result = {
+        "card": header,
+        "device": device,
+        "chunk": chunk,
+        "repeats": options.repeats,
+        "gate": gate,
+        **{side: [asdict(row) for row in rows] for side, rows in figures.items()},
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{table(figures)}\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
