@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import llava_video
-from support.families.llava_video import LlavaVideoOracle
+from support.families import llava_video_tiny
+from support.families.llava_video import NUM_FRAMES, LlavaVideoOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -50,7 +50,7 @@ class Deployment:
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
-} | {"llava_video": llava_video.make_tiny_model}
+} | {"llava_video": llava_video_tiny.make_tiny_model}
 """Architecture → writes a tiny model into a directory."""
 
 
@@ -91,7 +91,7 @@ DEPLOYMENTS = {
         oracle=LlavaVideoOracle,
         video=(
             "--mm-process-config",
-            f'{{"video": {{"num_frames": {llava_video.NUM_FRAMES}, "max_frames": 80}}}}',
+            f'{{"video": {{"num_frames": {NUM_FRAMES}, "max_frames": 80}}}}',
         ),
     ),
     "two_ranks_retracting": Deployment(
