@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pevlm_sglang import processors
 from pevlm_sglang.families import llava_video
-from pevlm_sglang.families.llava_video import FRAMES, TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.llava_geometry import PUBLISHED, TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.llava_video import FRAMES
 from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from pevlm_sglang.layout import FrameSpans
 from pevlm_sglang.support import UnsupportedError
@@ -129,6 +130,18 @@ def test_published_geometry() -> None:
     layout = TokenLayout.of(config(), patches=27)
     assert (layout.side, layout.tokens_per_frame, layout.tokens(64)) == (14, 210, 64 * 210)
     assert SpanRule.of_model(config()) == RULE
+    assert PUBLISHED["llava_video"].layout == layout
+
+
+def test_what_show_predicts() -> None:
+    geometry = PUBLISHED["llava_video"]
+    video = geometry.video(9000, 30.0, (1280, 720), geometry.knobs({}))
+    assert (video.frames, video.steps, video.resized) == (64, (210,) * 64, (384, 384))
+    knobs = geometry.knobs({"fps": 1, "num_frames": 400})
+    assert geometry.video(9000, 30.0, (1280, 720), knobs).frames == 300
+    assert geometry.sample(64, geometry.knobs({})) == (64, 1.0)
+    with pytest.raises(ValueError, match="64 are sampled from any video here"):
+        geometry.sample(32, geometry.knobs({}))
 
 
 @pytest.mark.parametrize(("newline", "mode", "tokens", "trailing"), LAYOUTS)

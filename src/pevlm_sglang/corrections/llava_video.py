@@ -28,7 +28,7 @@ from sglang.srt.multimodal.mm_utils import unpad_image
 from torch.nn import functional
 
 from pevlm_sglang.corrections.llava_layout import shrunk, tile_grid
-from pevlm_sglang.families.llava_video import POOL_STRIDE, TokenLayout
+from pevlm_sglang.families.llava_geometry import POOL_STRIDE, TokenLayout
 
 FRAMES_A_RUN = 16
 """Frames that the vision tower takes at once: it keeps every layer's output, 100 MB a layer of the

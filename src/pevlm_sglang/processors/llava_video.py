@@ -33,7 +33,8 @@ from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, load_image, load_video
 
 from pevlm_sglang.corrections.llava_layout import image_tokens, patches_per_side
-from pevlm_sglang.families.llava_video import FRAMES, TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.llava_geometry import TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.llava_video import FRAMES
 from pevlm_sglang.processors.sampling import Sampling, split
 
 IMAGE, VIDEO = "<image>", "<video>"
@@ -77,7 +78,7 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         """Refuse a server's video settings.
 
         Raises:
-            ValueError: see :meth:`pevlm_sglang.families.llava_video.VideoKnobs.of`.
+            ValueError: see :meth:`pevlm_sglang.families.llava_geometry.VideoKnobs.of`.
         """
         try:
             VideoKnobs.of(video_config)
