@@ -117,7 +117,7 @@ class Exchange:
                 "logprob_start_len": [q.start for q in questions],
                 "token_ids_logprob": [list(TOKEN_IDS)] * len(questions),
             }
-        return [_answer(out) for out in self.server.generate_batch(body)]
+        return [read_answer(out) for out in self.server.generate_batch(body)]
 
     def difference(self, question: Question, answer: Answer, setting: Setting | None) -> float:
         """The largest difference of a log-probability to the oracle's under ``setting``."""
@@ -198,7 +198,8 @@ BATCH_ENV = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "true"}
 """Makes SGLang hold the requests of a list back until the last of them is there."""
 
 
-def _answer(out: Mapping[str, Any]) -> Answer:
+def read_answer(out: Mapping[str, Any]) -> Answer:
+    """What ``/generate`` said, with ``token_ids_logprob`` of ``TOKEN_IDS`` or without."""
     info = out["meta_info"]
     rows = [
         *info.get("input_token_ids_logprobs", ())[1:],

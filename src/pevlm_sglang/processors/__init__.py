@@ -19,8 +19,14 @@ _PROCESSORS: dict[str, str] = {
     "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN_VL,
+    "LlavaQwenForCausalLM": "pevlm_sglang.processors.llava_video:LlavaVideoProcessor",
 }
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
+
+
+_CHAT_TEMPLATES: dict[str, str] = {"LlavaQwenForCausalLM": "chatml-llava"}
+"""Architecture → the chat template of SGLang that writes its placeholders. The one in the published
+checkpoint is of the language model alone, and drops them."""
 
 
 def for_architectures(upstream: type | None, architectures: Iterable[str]) -> type | None:
@@ -57,3 +63,17 @@ def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
         processor.check_launch(hf_config, video_config)
     except ValueError as error:
         raise UnsupportedError(f"--mm-process-config: {error}") from None
+
+
+def offer_chat_template(architectures: Iterable[str], model_path: str) -> None:
+    """Make SGLang choose the chat template of a model that it does not know by its path.
+
+    ``--chat-template`` takes precedence.
+    """
+    from sglang.srt.parser.conversation import register_conv_template_matching_function
+
+    for name in architectures:
+        if template := _CHAT_TEMPLATES.get(name):
+            register_conv_template_matching_function(
+                lambda path, template=template: template if path == model_path else None
+            )
