@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, processors, requests, support, vision
+from pevlm_sglang import arguments, external, processors, requests, support, vision
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
@@ -35,6 +35,7 @@ _HOOKS = {
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
     ".build_attention_backends": "_after_build_attention_backends",
     "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": "_after_get_mm_processor_cls",
+    "sglang.srt.model_loader.utils.get_model_architecture": "_before_get_model_architecture",
     "sglang.srt.managers.schedule_batch.Req.__init__": "_after_req_init",
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
@@ -93,6 +94,7 @@ def register() -> None:
     for target, name in _HOOKS.items():
         kind = HookType[name.split("_")[1].upper()]
         HookRegistry.register(target, globals()[name], kind)
+    external.register_checkpoints()
     Engine.server_args_class = staticmethod(_engine_server_args)
     register_attention_backend(arguments.NAME)(_refuse_unresolved_name)
     add_attention_backend_choices([arguments.NAME])
@@ -187,9 +189,13 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
-    if _Process.config is None:
+    if _Process.config is None and processor is not None:
         return processor
     return processors.for_architectures(processor, hf_config.architectures or ())
+
+
+def _before_get_model_architecture(model_config: Any) -> None:
+    external.register_models(model_config.hf_config.architectures or ())
 
 
 # --- The scheduler ---------------------------------------------------------------------------

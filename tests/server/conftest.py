@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
+from support.families import longvila
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -45,7 +46,7 @@ class Deployment:
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
-}
+} | {"longvila": longvila.make_tiny_model}
 """Architecture → writes a tiny model into a directory."""
 
 
@@ -68,6 +69,12 @@ DEPLOYMENTS = {
         ("--chunked-prefill-size", "257", "--disable-radix-cache"),
         {"SGLANG_TEST_RETRACT": "1"},
         architecture="qwen2_vl",
+    ),
+    "longvila": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="longvila",
+        oracle=longvila.LongVilaOracle,
+        video=("--mm-process-config", '{"video": {"max_frames": 60}}'),
     ),
     "triton": Deployment(
         (

@@ -101,14 +101,14 @@ def make_tiny_model(
             return directory
         finished.unlink()
     directory.mkdir(parents=True, exist_ok=True)
-    token_ids = _write_tokenizer(directory)
+    token_ids = write_tokenizer(directory)
     _write_processor(directory)
     _write_weights(directory, token_ids, settings)
     finished.write_text(json.dumps(settings))
     return directory
 
 
-def _write_tokenizer(directory: Path) -> dict[str, int]:
+def write_tokenizer(directory: Path, *, chat_template: str = CHAT_TEMPLATE) -> dict[str, int]:
     """A byte-level BPE of a few hundred tokens; returns all token ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -131,11 +131,11 @@ def _write_tokenizer(directory: Path) -> dict[str, int]:
             "model_max_length": _MAX_POSITIONS,
             "pad_token": "<|endoftext|>",
             "eos_token": "<|im_end|>",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template,
             "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         },
     )
-    _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    _write_json(directory / "chat_template.json", {"chat_template": chat_template})
     return dict(tokenizer.get_vocab())
 
 

@@ -10,7 +10,9 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-_PROCESSORS: dict[str, str] = {}
+_PROCESSORS: dict[str, str] = {
+    "LlavaLlamaModel": "pevlm_sglang.processors.longvila:LongVilaProcessor",
+}
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
 
 
