@@ -172,10 +172,12 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :func:`pevlm_sglang.support.check_server_args`.
+        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model` and
+            :func:`pevlm_sglang.support.check_server_args`.
     """
-    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
+    SpanRule.of_model(model_config_of(server_args).hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
