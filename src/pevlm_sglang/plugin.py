@@ -172,12 +172,14 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model` and
-            :func:`pevlm_sglang.support.check_server_args`.
+        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model`,
+            :func:`pevlm_sglang.support.check_server_args` and
+            :func:`pevlm_sglang.processors.check_launch`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
-    SpanRule.of_model(model_config_of(server_args).hf_config)  # before the weights are loaded
+    hf_config = model_config_of(server_args).hf_config
+    SpanRule.of_model(hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
@@ -185,6 +187,7 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
     support.check_server_args(resolved, config)
+    processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     logger.info("PEVLM configuration: %s", config.describe())
 
 

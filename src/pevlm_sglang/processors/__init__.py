@@ -7,8 +7,10 @@ before the scheduler sees the request; a ``ValueError`` there is HTTP 400.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pevlm_sglang.support import UnsupportedError
 
 _PROCESSORS: dict[str, str] = {
     "LlavaLlamaModel": "pevlm_sglang.processors.longvila:LongVilaProcessor",
@@ -31,3 +33,22 @@ def for_architectures(upstream: type | None, architectures: Iterable[str]) -> ty
             processor: Any = pkgutil.resolve_name(_PROCESSORS[name])
             return processor
     return upstream
+
+
+def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
+    """Refuse video settings of a server before it starts, as far as the processor can tell.
+
+    Args:
+        hf_config: of the model.
+        video_config: the ``video`` section of SGLang's ``--mm-process-config``.
+
+    Raises:
+        UnsupportedError: an unknown name, or a bad value.
+    """
+    processor: Any = for_architectures(None, hf_config.architectures or ())
+    if processor is None:
+        return
+    try:
+        processor.check_launch(hf_config, video_config)
+    except ValueError as error:
+        raise UnsupportedError(f"--mm-process-config: {error}") from None
