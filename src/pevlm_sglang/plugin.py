@@ -194,9 +194,9 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
-    if _Process.config is None and processor is not None:
-        return processor
-    return processors.for_architectures(processor, hf_config.architectures or ())
+    return processors.for_architectures(
+        processor, hf_config.architectures or (), with_pevlm=_Process.config is not None
+    )
 
 
 def _before_get_model_architecture(model_config: Any) -> None:
