@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import llava_video_tiny, qwen3_vl
+from support.families import llava_video_tiny, longvila, qwen3_vl
 from support.families.llava_video import NUM_FRAMES, LlavaVideoOracle
 from support.families.qwen3_vl import Qwen3VLOracle
 from support.families.qwen_vl import QwenVLOracle
@@ -54,6 +54,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl.make_tiny_model,
     "qwen3_vl_moe": partial(qwen3_vl.make_tiny_model, moe=True),
     "llava_video": llava_video_tiny.make_tiny_model,
+    "longvila": longvila.make_tiny_model,
 }
 """Architecture → writes a tiny model into a directory."""
 
@@ -78,6 +79,12 @@ DEPLOYMENTS = {
         ("--chunked-prefill-size", "257", "--disable-radix-cache"),
         {"SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
         architecture="qwen2_vl",
+    ),
+    "longvila": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="longvila",
+        oracle=longvila.LongVilaOracle,
+        video=("--mm-process-config", '{"video": {"max_frames": 60}}'),
     ),
     "triton": Deployment(
         (
