@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from enum import Enum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pevlm_sglang.families import qwen_vl
+from pevlm_sglang.families.refused import REASONS
 from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from pevlm_sglang.layout import FrameSpans
 from pevlm_sglang.support import UnsupportedError
@@ -243,3 +247,22 @@ def test_unknown_model_lists_the_supported(architectures: list | None, shown: st
         SpanRule.of_model(SimpleNamespace(architectures=architectures))
     for known in qwen_vl.ARCHITECTURES:
         assert known in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", REASONS)
+def test_refused_model_says_why(architecture: str) -> None:
+    reason = f"model architecture {architecture}: .*: {re.escape(REASONS[architecture])}; supported"
+    with pytest.raises(UnsupportedError, match=reason):
+        SpanRule.of_model(SimpleNamespace(architectures=[architecture]))
+
+
+def test_refused_models_are_sglang_s_own() -> None:
+    """A name that is mistyped, or gone, would explain nothing to anyone."""
+    sglang = importlib.util.find_spec("sglang")
+    models = Path(sglang.submodule_search_locations[0]) / "srt/models"
+    defined = {
+        name
+        for source in models.glob("*.py")
+        for name in re.findall(r"^class (\w+)", source.read_text(), re.MULTILINE)
+    }
+    assert set(REASONS) <= defined

@@ -17,7 +17,7 @@ from test_video_geometry import show
 from pevlm_sglang import picture
 from pevlm_sglang.cli import main
 from pevlm_sglang.config import PevlmConfig, load_file
-from pevlm_sglang.show import Model
+from pevlm_sglang.families.geometry import of_checkpoint
 from support.spec_mask import spec_mask
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["video"] == [129, 1665]
     assert content["video_grid_thw"] == [12, 16, 32]
     assert (content["frames"], content["steps"], content["prompt_tokens"]) == (24, 12, 1865)
-    assert (content["tokens_per_step"], content["tokens_per_frame"]) == (128, 64)
+    assert (content["tokens_per_step"], content["tokens_per_frame"]) == ([128, 128], 64)
     assert content["assumed"]["chat_template_tokens"] == [9, 6]
     assert content["config"] == PevlmConfig(sink_frames=4, block_frames=4).describe()
 
@@ -133,6 +133,14 @@ def test_flags_give_the_same_prompt_again(capsys: pytest.CaptureFixture[str]) ->
 
 
 def write_model(directory: Path, **changes: Any) -> Path:
+    write_config(directory, **changes)
+    (directory / "preprocessor_config.json").write_text(
+        json.dumps({"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2})
+    )
+    return directory
+
+
+def write_config(directory: Path, **changes: Any) -> None:
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -141,26 +149,22 @@ def write_model(directory: Path, **changes: Any) -> Path:
         **changes,
     }
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "preprocessor_config.json").write_text(
-        json.dumps({"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2})
-    )
-    return directory
 
 
 def test_files_of_a_checkpoint_in_the_order_of_transformers(tmp_path: Path) -> None:
     write_model(tmp_path)
     sizes = {
-        "preprocessor_config.json": {"max_pixels": 200_000},
-        "video_preprocessor_config.json": {"max_pixels": 300_000},
-        "processor_config.json": {"video_processor": {"max_pixels": 400_000}},
+        "preprocessor_config.json": {"patch_size": 14},
+        "video_preprocessor_config.json": {"patch_size": 28},
+        "processor_config.json": {"video_processor": {"patch_size": 42}},
     }
-    for (name, content), expected in zip(sizes.items(), (200_000, 300_000, 400_000), strict=True):
+    for name, content in sizes.items():
         (tmp_path / name).write_text(json.dumps(content))
-        model = Model.read(tmp_path)
-        assert model.processor.max_pixels == expected
-        assert model.context_length == 4096
-    (tmp_path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
-    assert Model.read(tmp_path).processor.max_pixels == 300_000
+    for patch_size in (42, 28, 14):
+        write_config(tmp_path, vision_config={"patch_size": patch_size})
+        geometry = of_checkpoint(tmp_path)
+        assert (geometry.patch_size, geometry.context_length) == (patch_size, 4096)
+        next(tmp_path / name for name in reversed(sizes) if (tmp_path / name).exists()).unlink()
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -273,9 +277,8 @@ def test_a_mistake_is_one_line(
         ({}, {"config.json": "[]"}, "expected a JSON object, got list"),
         ({}, {"config.json": None}, "config.json: cannot be read"),
         ({}, {"preprocessor_config.json": None}, "found none"),
-        ({}, {"preprocessor_config.json": '{"do_resize": false}'}, "do_resize true"),
-        ({}, {"preprocessor_config.json": '{"cap_pixels_per_frame": true}'}, "cap_pixels"),
-        ({}, {"preprocessor_config.json": '{"size": {"height": 2}}'}, "expected shortest_edge"),
+        ({"vision_config": {"patch_size": 16}}, {}, "patch_size: config.json"),
+        ({"vision_config": {"spatial_merge_size": 4}}, {}, "merge_size: config.json"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_shown(

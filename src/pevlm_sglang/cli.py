@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pevlm_sglang.config import PevlmConfig, resolve
-from pevlm_sglang.families.qwen_vl import PUBLISHED, VideoKnobs
+from pevlm_sglang.families import geometry
 from pevlm_sglang.show import Model, Prompt, Request, as_json, as_text
 
 _PRESET_SUFFIXES = (".yaml", ".yml")
@@ -74,7 +74,7 @@ def _add_show(commands: Any) -> None:
     )
     parser.add_argument(
         "--model-family",
-        choices=tuple(PUBLISHED),
+        choices=tuple(geometry.published()),
         help="without MODEL_DIR: take the published checkpoints of this family (default: the one "
         f"that the preset's file name begins with, else {_DEFAULT_FAMILY})",
     )
@@ -112,16 +112,13 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="what the server gets under this name, such as "
         """'{"video": {"fps": 1, "max_pixels": 401408}}'; of "video", these take effect: """
-        f"{', '.join(VideoKnobs.names())}",
+        f"{', '.join(geometry.knob_names())}",
     )
     for name, kind, text in (
         ("fps", float, "frames sampled from a second of video"),
         ("max_frames", int, "most frames sampled from a video"),
     ):
-        default = getattr(VideoKnobs, name)
-        video.add_argument(
-            _flag(name), type=kind, metavar="N", help=f"short for this knob: {text} ({default:g})"
-        )
+        video.add_argument(_flag(name), type=kind, metavar="N", help=f"short for this knob: {text}")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -137,10 +134,9 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--prompt-tokens",
         type=int,
-        default=Request.prompt_tokens,
         metavar="N",
-        help="tokens of the system prompt and of text before the video (default: "
-        f"{Request.prompt_tokens}, of the chat template's own system prompt)",
+        help="tokens of the system prompt and of text before the video (default: the chat "
+        "template's own system prompt)",
     )
     layout.add_argument(
         "--question-tokens",
@@ -170,8 +166,8 @@ def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, Path | None
         source, preset = None, source
     if source is None:
         stem = preset.stem if preset is not None else ""
-        named = next((name for name in PUBLISHED if stem.startswith(name)), _DEFAULT_FAMILY)
-        return Model.published(family or named), preset
+        named = [name for name in geometry.published() if stem.startswith(name)]
+        return Model.published(family or max(named, key=len, default=_DEFAULT_FAMILY)), preset
     if family is not None:
         raise ValueError(f"--model-family: {source}/config.json names the family; leave it out")
     if not source.is_dir():
@@ -186,7 +182,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     knobs = {**arguments.mm_process_config, **_given(arguments, ("fps", "max_frames"))}
     return Request(
         size=arguments.size,
-        knobs=VideoKnobs.of(knobs),
+        knobs=knobs,
         sampled=arguments.frames,
         duration=arguments.duration,
         video_fps=arguments.video_fps,

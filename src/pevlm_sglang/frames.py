@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pevlm_sglang.families import refused
 from pevlm_sglang.layout import FrameSpans, Range
 from pevlm_sglang.support import UnsupportedError
 
@@ -66,7 +67,7 @@ class SpanRule:
         """The rule of the model with this Hugging Face configuration.
 
         Raises:
-            UnsupportedError: no family knows the architecture.
+            UnsupportedError: no family knows the architecture; says why where that is known.
         """
         families = _families()
         architectures = tuple(hf_config.architectures or ())
@@ -74,9 +75,11 @@ class SpanRule:
             if any(name in family.ARCHITECTURES for name in architectures):
                 return cls(family, family.frames_per_step(hf_config))
         known = ", ".join(name for family in families for name in family.ARCHITECTURES)
+        reasons = (refused.REASONS.get(name) for name in architectures)
+        reason = next(filter(None, reasons), "it cannot tell where the frames of a video lie")
         raise UnsupportedError(
-            f"model architecture {', '.join(architectures) or 'unknown'}: PEVLM cannot tell its "
-            f"frames apart; supported: {known}"
+            f"model architecture {', '.join(architectures) or 'unknown'}: PEVLM does not serve it: "
+            f"{reason}; supported: {known}"
         )
 
     def spans(self, inputs: Any, prompt: Prompt, *, image_runs: bool) -> list[FrameSpans]:
@@ -134,6 +137,6 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
 
 
 def _families() -> tuple[Family, ...]:
-    from pevlm_sglang.families import qwen_vl
+    from pevlm_sglang.families import qwen3_vl, qwen_vl
 
-    return (qwen_vl,)
+    return (qwen_vl, qwen3_vl)

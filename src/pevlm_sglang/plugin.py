@@ -19,6 +19,7 @@ from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.observe import Observer
+from pevlm_sglang.processors import video_url
 from pevlm_sglang.support import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,9 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     if config is None:
         return
     try:
+        video_url.offer_max_pixels()
         if config.vision_fixes:
-            vision.fix_positions()
+            vision.hash_frame_rates()
         if not resolved_before:
             _check_resolved(server_args, config)
     except UnsupportedError as error:
@@ -172,10 +174,14 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :func:`pevlm_sglang.support.check_server_args`.
+        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model`,
+            :func:`pevlm_sglang.support.check_server_args` and
+            :func:`pevlm_sglang.processors.check_launch`.
     """
-    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
+    hf_config = model_config_of(server_args).hf_config
+    SpanRule.of_model(hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
@@ -183,6 +189,8 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
     support.check_server_args(resolved, config)
+    if config.vision_fixes:
+        processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     logger.info("PEVLM configuration: %s", config.describe())
 
 

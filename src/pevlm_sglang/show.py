@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.families import qwen_vl
-from pevlm_sglang.families.qwen_vl import VideoKnobs, VideoProcessor
-from pevlm_sglang.frames import SpanRule
+from pevlm_sglang.families import geometry as geometries
+from pevlm_sglang.families.geometry import Geometry, VideoTokens
 from pevlm_sglang.layout import FrameSpans, Layout, Range
 
 _SHOWN_BLOCKS = (3, 2)  # of many blocks, the first and the last ones are printed
@@ -31,78 +29,25 @@ class Model:
 
     Attributes:
         name: what the user called it.
-        model_type: of ``config.json``.
-        context_length: tokens, of ``config.json``; None where it does not say.
+        geometry: of its family.
     """
 
     name: str
-    model_type: str
-    processor: VideoProcessor
-    context_length: int | None = None
+    geometry: Geometry
 
     @classmethod
-    def published(cls, model_type: str) -> Model:
-        """A published checkpoint of a family, from what is known about it."""
-        return cls(
-            f"published {model_type}",
-            model_type,
-            qwen_vl.PUBLISHED[model_type],
-            qwen_vl.PUBLISHED_CONTEXT[model_type],
-        )
+    def published(cls, family: str) -> Model:
+        """The published checkpoints of a family, from what is known about them."""
+        return cls(f"published {family}", geometries.published()[family])
 
     @classmethod
     def read(cls, directory: Path) -> Model:
         """A checkpoint's directory; its weights are not needed.
 
         Raises:
-            ValueError: a file that is missing or broken, or files that contradict each other.
-            UnsupportedError: an architecture that PEVLM does not support.
+            ValueError: see :func:`pevlm_sglang.families.geometry.of_checkpoint`.
         """
-        config = _read_json(directory / "config.json")
-        vision = {"temporal_patch_size": 2, **(config.get("vision_config") or {})}
-        rule = SpanRule.of_model(
-            SimpleNamespace(
-                architectures=config.get("architectures"), vision_config=SimpleNamespace(**vision)
-            )
-        )
-        model_type = str(config.get("model_type"))
-        processor = qwen_vl.video_processor(model_type, _processor_settings(directory))
-        if rule.frames_per_step != processor.temporal_patch_size:
-            raise ValueError(
-                f"temporal_patch_size: config.json of {directory} says {rule.frames_per_step}, "
-                f"its processor files say {processor.temporal_patch_size}"
-            )
-        text = config.get("text_config") or config
-        return cls(str(directory), model_type, processor, text.get("max_position_embeddings"))
-
-
-def _processor_settings(directory: Path) -> dict[str, Any]:
-    """The video processor's settings, from the first file that transformers would take.
-
-    Source: ``BaseVideoProcessor.get_video_processor_dict`` of transformers.
-    """
-    nested = directory / "processor_config.json"
-    if nested.exists() and "video_processor" in (content := _read_json(nested)):
-        return dict(content["video_processor"])
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        if (directory / name).exists():
-            return _read_json(directory / name)
-    raise ValueError(
-        f"{directory}: expected processor_config.json, video_preprocessor_config.json or "
-        "preprocessor_config.json, found none"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return cls(str(directory), geometries.of_checkpoint(directory))
 
 
 @dataclass(frozen=True)
@@ -111,11 +56,12 @@ class Request:
 
     Attributes:
         size: width and height of the video, in pixels.
-        knobs: video settings of the server.
+        knobs: video settings of the server, by name.
         sampled: frames that the server samples; None where ``duration`` says how many.
         duration: of the video, in seconds; None where ``sampled`` is given.
         video_fps: frame rate of the file.
-        prompt_tokens: of the system prompt, and of any text before the video.
+        prompt_tokens: of the system prompt, and of any text before the video; None is the chat
+            template's own system prompt.
         question_tokens: of the text after the video.
 
     Raises:
@@ -123,16 +69,16 @@ class Request:
     """
 
     size: tuple[int, int]
-    knobs: VideoKnobs
+    knobs: Mapping[str, Any] = field(default_factory=dict)
     sampled: int | None = None
     duration: float | None = None
     video_fps: float = 30.0
-    prompt_tokens: int = qwen_vl.DEFAULT_SYSTEM_PROMPT_TOKENS
+    prompt_tokens: int | None = None
     question_tokens: int = 32
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "question_tokens"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
         for name in ("sampled", "duration", "video_fps"):
             value = getattr(self, name)
@@ -141,32 +87,22 @@ class Request:
         if (self.sampled is None) == (self.duration is None):
             raise ValueError("expected either a number of sampled frames or a duration")
 
-    @cached_property
-    def frames(self) -> int:
-        """Sampled frames.
+    def video(self, geometry: Geometry, knobs: Any) -> VideoTokens:
+        """What the video becomes.
+
+        Args:
+            geometry: of the model.
+            knobs: the geometry's form of ``knobs``.
 
         Raises:
             ValueError: SGLang would not sample the number that is asked for, or refuses the video.
         """
-        if self.duration is not None:
-            total = round(self.duration * self.video_fps)
-            return qwen_vl.sampled_frames(total, self.video_fps, self.knobs)
-        assert self.sampled is not None
-        frames = qwen_vl.sampled_frames(self.sampled, self.knobs.fps, self.knobs)
-        if frames != self.sampled:
-            raise ValueError(
-                f"{self.sampled} sampled frames: SGLang would sample {frames} here, an even number "
-                f"up to max_frames ({self.knobs.max_frames}), or nframes where that is set"
-            )
-        return frames
-
-    def assumptions(self) -> Iterator[str]:
-        """What a real prompt may have otherwise."""
-        before, after = qwen_vl.CHAT_TEMPLATE_TOKENS
-        yield f"system prompt {self.prompt_tokens} tokens, question {self.question_tokens}"
-        yield f"chat template {before} tokens before and {after} after the video"
-        if self.duration is not None:
-            yield f"a file of {self.video_fps:g} frames a second"
+        if self.sampled is not None:
+            total, fps = geometry.sample(self.sampled, knobs)
+        else:
+            assert self.duration is not None
+            total, fps = round(self.duration * self.video_fps), self.video_fps
+        return geometry.video(total, fps, self.size, knobs)
 
 
 @dataclass(frozen=True)
@@ -174,14 +110,17 @@ class Prompt:
     """The tokens of a request, and their layout.
 
     Attributes:
-        grid: steps, patches in a column, patches in a row.
+        knobs: the request's, in the form of the model's geometry.
+        prompt_tokens: of the system prompt, and of any text before the video.
         length: tokens in the prompt.
     """
 
     model: Model
     config: PevlmConfig
     request: Request
-    grid: tuple[int, int, int]
+    knobs: Any
+    prompt_tokens: int
+    video: VideoTokens
     spans: FrameSpans
     layout: Layout
     length: int
@@ -191,28 +130,37 @@ class Prompt:
         """Predict the prompt that SGLang makes of a request.
 
         Raises:
-            ValueError: SGLang would refuse the video.
+            ValueError: a bad knob, or SGLang would refuse the video.
         """
-        grid = qwen_vl.video_grid(request.frames, *request.size, request.knobs, model.processor)
-        before, after = qwen_vl.CHAT_TEMPLATE_TOKENS
-        start = before + request.prompt_tokens
-        step = qwen_vl.tokens_per_step(grid, model.processor)
-        spans = FrameSpans(
-            tuple((start + i * step, start + (i + 1) * step) for i in range(grid[0])),
-            model.processor.temporal_patch_size,
-        )
+        geometry = model.geometry
+        knobs = geometry.knobs(request.knobs)
+        video = request.video(geometry, knobs)
+        prompt_tokens = request.prompt_tokens
+        if prompt_tokens is None:
+            prompt_tokens = geometry.default_prompt_tokens
+        before, after = geometry.chat_template_tokens(prompt_tokens)
+        ends = [*accumulate(video.steps, initial=before + prompt_tokens)]
+        spans = FrameSpans(tuple(pairwise(ends)), geometry.frames_per_step)
         layout = Layout.build(
             [spans] if config.enabled else [],
             sink_frames=config.sink_frames,
             block_frames=config.block_frames,
         )
         length = spans.end + after + request.question_tokens
-        return cls(model, config, request, grid, spans, layout, length)
+        return cls(model, config, request, knobs, prompt_tokens, video, spans, layout, length)
+
+    def assumptions(self) -> Iterator[str]:
+        """What a real prompt may have otherwise."""
+        before, after = self.model.geometry.chat_template_tokens(self.prompt_tokens)
+        yield f"system prompt {self.prompt_tokens} tokens, question {self.request.question_tokens}"
+        yield f"chat template {before} tokens before and {after} after the video"
+        if self.request.duration is not None:
+            yield f"a file of {self.request.video_fps:g} frames a second"
 
     @property
-    def step_tokens(self) -> int:
-        start, end = self.spans.steps[0]
-        return end - start
+    def step_tokens(self) -> tuple[int, int]:
+        """Least and most tokens of a step."""
+        return min(self.video.steps), max(self.video.steps)
 
     @property
     def visible_fraction(self) -> float:
@@ -233,13 +181,6 @@ class Prompt:
         blocks = [(f"block {b.index}", (b.start, b.end)) for b in self.layout.blocks]
         return [("sink", self.sink), *blocks, ("question", (self.spans.end, self.length))]
 
-    @property
-    def resized(self) -> tuple[int, int]:
-        """Width and height of a sampled frame as the vision tower sees it, in pixels."""
-        _, rows, columns = self.grid
-        patch = self.model.processor.patch_size
-        return columns * patch, rows * patch
-
     def frames_in(self, tokens: Range) -> str:
         """First and last sampled frame whose tokens lie in a range, such as ``4-7``."""
         start, end = tokens
@@ -256,37 +197,37 @@ class Prompt:
             flags += [f"--pevlm-{name.replace('_', '-')}", str(getattr(self.config, name))]
         if not self.config.enabled:
             flags += ["--pevlm-enabled", "false"]
-        if video := self.request.knobs.given():
+        if video := self.knobs.given():
             flags += ["--mm-process-config", json.dumps({"video": video})]
         return shlex.join(flags)
 
 
 def as_json(prompt: Prompt) -> str:
     """The prompt as one JSON object; token ranges are half-open."""
-    request = prompt.request
+    request, geometry, video = prompt.request, prompt.model.geometry, prompt.video
     content = {
         "model": prompt.model.name,
-        "model_type": prompt.model.model_type,
+        "model_type": geometry.model_type,
         "config": prompt.config.describe(),
-        "video_processor": asdict(prompt.model.processor),
-        "video_knobs": asdict(request.knobs),
+        "geometry": asdict(cast(Any, geometry)),
+        "video_knobs": asdict(prompt.knobs),
         "assumed": {
             "size": request.size,
             "duration": request.duration,
             "video_fps": request.video_fps if request.duration is not None else None,
-            "system_prompt_tokens": request.prompt_tokens,
+            "system_prompt_tokens": prompt.prompt_tokens,
             "question_tokens": request.question_tokens,
-            "chat_template_tokens": qwen_vl.CHAT_TEMPLATE_TOKENS,
+            "chat_template_tokens": geometry.chat_template_tokens(prompt.prompt_tokens),
         },
-        "frames": request.frames,
-        "resized": prompt.resized,
-        "video_grid_thw": prompt.grid,
-        "steps": len(prompt.spans.steps),
+        "frames": video.frames,
+        "resized": video.resized,
+        "video_grid_thw": video.grid,
+        "steps": len(video.steps),
         "frames_per_step": prompt.spans.frames_per_step,
         "tokens_per_step": prompt.step_tokens,
-        "tokens_per_frame": prompt.step_tokens / prompt.spans.frames_per_step,
+        "tokens_per_frame": sum(video.steps) / len(video.steps) / prompt.spans.frames_per_step,
         "prompt_tokens": prompt.length,
-        "context_length": prompt.model.context_length,
+        "context_length": geometry.context_length,
         "video": [prompt.spans.start, prompt.spans.end],
         "sink": prompt.sink,
         "blocks": [[block.start, block.end] for block in prompt.layout.blocks],
@@ -300,19 +241,20 @@ def as_json(prompt: Prompt) -> str:
 
 def as_text(prompt: Prompt) -> str:
     """The prompt for people."""
-    request, spans = prompt.request, prompt.spans
-    width, height = request.size
-    resized_width, resized_height = prompt.resized
-    step = prompt.step_tokens
+    video, spans = prompt.video, prompt.spans
+    least, most = prompt.step_tokens
+    each = spans.frames_per_step
+    step = f"{least}" if least == most else f"{least} to {most}"
+    frame = sum(video.steps) / len(video.steps) / each
     lines = [
         f"model    {prompt.model.name}",
-        f"video    {request.frames} sampled frames of {width}x{height}, resized to "
-        f"{resized_width}x{resized_height}",
-        f"         {len(spans.steps)} steps of {spans.frames_per_step} frames, "
-        f"{step} tokens a step, {step / spans.frames_per_step:g} a frame",
+        f"video    {video.frames} sampled frames of {_by(prompt.request.size)}, resized to "
+        f"{_by(video.resized)}",
+        f"         {len(spans.steps)} steps of {each} frame{'s' if each > 1 else ''}, "
+        f"{step} tokens a step, {frame:.4g} a frame",
         f"prompt   {prompt.length} tokens: {spans.start} before the video, "
         f"{spans.end - spans.start} in it, {prompt.length - spans.end} after it",
-        f"assumed  {'; '.join(request.assumptions())}",
+        f"assumed  {'; '.join(prompt.assumptions())}",
         f"flags    {prompt.server_flags()}",
         "",
         *_table(prompt),
@@ -322,6 +264,11 @@ def as_text(prompt: Prompt) -> str:
         "(1 / visible_fraction), in prefill",
     ]
     return "\n".join(lines + [f"note: {note}" for note in _notes(prompt)])
+
+
+def _by(size: tuple[int, int]) -> str:
+    width, height = size
+    return f"{width}x{height}"
 
 
 def _table(prompt: Prompt) -> Iterator[str]:
@@ -341,12 +288,14 @@ def _notes(prompt: Prompt) -> Iterator[str]:
         yield "PEVLM is switched off (enabled: false)"
     elif prompt.layout.first_sparse is None:
         yield "full attention: the sink and one block hold all frames"
+    if not prompt.config.vision_fixes:
+        yield "vision_fixes is off: SGLang's own resize may give other token counts"
     each = prompt.spans.frames_per_step
     for name in ("sink_frames", "block_frames"):
         asked = getattr(prompt.config, name)
         if (whole := prompt.spans.to_steps(asked) * each) != asked:
             yield f"{name} {asked} is rounded up to {whole}, whole steps of {each} frames"
-    limit = prompt.model.context_length
+    limit = prompt.model.geometry.context_length
     if limit is not None and prompt.length > limit:
         yield (
             f"the prompt is longer than the model's context of {limit} tokens; sample fewer frames "

@@ -1,16 +1,22 @@
 """Corrections of SGLang's vision path, for all requests of a PEVLM server.
 
-Two places of SGLang 0.5.23 compute something else than Qwen2.5-VL's reference in transformers, both
-worse the longer the video is:
+Places where SGLang 0.5.23 computes something else than the reference, transformers with
+qwen-vl-utils:
 
-- **Temporal positions.** The sampled video's frame rate is not passed to the processor, which then
-  assumes 24 frames a second. At 2 sampled frames a second, temporal positions advance 12 times too
-  slowly (sglang/srt/multimodal/processors/qwen_vl.py, ``_process_mm_data_uncached``).
-- **Vision tower.** Its full-attention layers attend over the whole video, where the reference
-  attends within each step: wrong features, at a cost quadratic in the length of the video
+- **Sampling.** Frame numbers are truncated where the reference rounds: neighbouring frames, earlier
+  by up to one (sglang/srt/multimodal/processors/qwen_vl.py, ``preprocess_video``).
+- **Resizing.** Bilinear where the reference is bicubic, and to multiples of 28 pixels also for
+  Qwen3-VL, whose video processor then resizes once more, to a size that depends on the length of
+  the video (same function).
+- **Temporal positions**, Qwen2.5-VL. The sampled video's frame rate is not passed to the processor,
+  which then assumes 24 frames a second. At 2 sampled frames a second, temporal positions advance 12
+  times too slowly (same file, ``_process_mm_data_uncached``).
+- **Vision tower**, Qwen2.5-VL. Its full-attention layers attend over the whole video, where the
+  reference attends within each step: wrong features, at a cost quadratic in the length of the video
   (sglang/srt/models/qwen2_5_vl.py, ``Qwen2_5_VisionTransformer.forward``).
 
-``embeddings.py`` holds the third correction, which saves work and changes no value.
+The first three are corrected by the processor (``processors/qwen_vl.py``), the last one here.
+``embeddings.py`` holds one more, for all models, which saves work and changes no value.
 ``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
@@ -23,29 +29,37 @@ from typing import Any
 import torch
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.patching import wrap as _wrap
+from pevlm_sglang.patching import wrap
 
-MODEL_TYPE = "qwen2_5_vl"
+SAMPLING = "frames are sampled as by qwen-vl-utils"
+RESIZING = "frames are resized as by qwen-vl-utils"
 TEMPORAL_POSITIONS = "temporal positions follow the sampled frame rate"
 PER_STEP_TOWER = "the vision tower attends within each step"
 
-_METADATA = "pevlm_video_metadata"
+CORRECTIONS: dict[str, tuple[str, ...]] = {
+    "qwen2_vl": (SAMPLING, RESIZING),
+    "qwen2_5_vl": (SAMPLING, RESIZING, TEMPORAL_POSITIONS, PER_STEP_TOWER),
+    "qwen3_vl": (SAMPLING, RESIZING),
+    "qwen3_vl_moe": (SAMPLING, RESIZING),
+}
+"""Model type → what is corrected, in words, for the log and ``/server_info``."""
 
 
 def install(model_type: str, config: PevlmConfig) -> tuple[str, ...]:
     """Install the corrections that a model needs, in the scheduler.
 
     Returns:
-        What is corrected, in words, for the log and ``/server_info``.
+        What is corrected; the launcher's part of it too.
 
     Raises:
         UnsupportedError: this SGLang lacks a seam that they need.
     """
-    if not config.vision_fixes or model_type != MODEL_TYPE:
-        return ()
-    fix_positions()
-    fix_tower()
-    return (TEMPORAL_POSITIONS, PER_STEP_TOWER)
+    corrections = CORRECTIONS.get(model_type, ()) if config.vision_fixes else ()
+    if TEMPORAL_POSITIONS in corrections:
+        hash_frame_rates()
+    if PER_STEP_TOWER in corrections:
+        fix_tower()
+    return corrections
 
 
 def split_into_steps(grid_thw: torch.Tensor) -> torch.Tensor:
@@ -63,47 +77,20 @@ def fix_tower() -> None:
     """Make Qwen2.5-VL's vision tower attend within each step. Runs in the scheduler."""
     from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def per_step(forward: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(self: Any, x: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
             return forward(self, x, split_into_steps(grid_thw))
 
         return corrected
 
-    _wrap(Qwen2_5_VisionTransformer, "forward", wrap)
+    wrap(Qwen2_5_VisionTransformer, "forward", per_step)
 
 
-def fix_positions() -> None:
-    """Give Qwen2.5-VL's processor the frame rate. Runs in the launcher and in the scheduler."""
+def hash_frame_rates() -> None:
+    """Tell videos apart by their frame rate too. Runs in the launcher and in the scheduler."""
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
-    from sglang.srt.multimodal.processors import qwen_vl
 
-    _wrap(qwen_vl, "preprocess_video", _keep_metadata)
-    _wrap(qwen_vl.QwenVLImageProcessor, "process_and_combine_mm_data_async", _pass_metadata)
-    _wrap(MultimodalDataItem, "set_pad_value", _hash_frame_rate)
-
-
-def _keep_metadata(preprocess_video: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the sampled frames carry their metadata, which SGLang drops for this model."""
-
-    async def corrected(*args: Any, **kwargs: Any) -> Any:
-        video, metadata = await preprocess_video(*args, **kwargs)
-        if metadata is not None:
-            setattr(video, _METADATA, metadata)
-        return video, metadata
-
-    return corrected
-
-
-def _pass_metadata(process: Callable[..., Any]) -> Callable[..., Any]:
-    """Hand the metadata to the processor, as SGLang does for Qwen3-VL."""
-
-    async def corrected(self: Any, base_output: Any, *args: Any, **kwargs: Any) -> Any:
-        metadata = [getattr(video, _METADATA, None) for video in base_output.videos or ()]
-        if self.hf_config.model_type == MODEL_TYPE and metadata and None not in metadata:
-            kwargs |= {"video_metadata": metadata, "do_sample_frames": False}
-        return await process(self, base_output, *args, **kwargs)
-
-    return corrected
+    wrap(MultimodalDataItem, "set_pad_value", _hash_frame_rate)
 
 
 def _hash_frame_rate(set_pad_value: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
+from support.families import qwen3_vl
+from support.families.qwen3_vl import Qwen3VLOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -47,7 +49,9 @@ class Deployment:
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
-    name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
+    **{name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES},
+    "qwen3_vl": qwen3_vl.make_tiny_model,
+    "qwen3_vl_moe": partial(qwen3_vl.make_tiny_model, moe=True),
 }
 """Architecture → writes a tiny model into a directory."""
 
@@ -83,6 +87,12 @@ DEPLOYMENTS = {
     "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
+    ),
+    "qwen3_vl": Deployment(
+        ("--chunked-prefill-size", "131"), architecture="qwen3_vl", oracle=Qwen3VLOracle
+    ),
+    "qwen3_vl_moe": Deployment(
+        ("--chunked-prefill-size", "257"), architecture="qwen3_vl_moe", oracle=Qwen3VLOracle
     ),
 }
 

@@ -77,7 +77,7 @@ def test_refused_by_the_launcher(
 
 
 def test_model_without_frames_is_refused(model: Callable[[str], Path], tmp_path: Path) -> None:
-    """The scheduler knows the model, and stops the launch."""
+    """By the launcher, before any weight is loaded."""
     config = json.loads((model("qwen2_5_vl") / "config.json").read_text())["text_config"]
     config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     config.pop("rope_parameters", None)
@@ -85,7 +85,8 @@ def test_model_without_frames_is_refused(model: Callable[[str], Path], tmp_path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model("qwen2_5_vl") / name).read_bytes())
     written = _refusal(tmp_path, "--attention-backend", "pevlm", "--load-format", "dummy")
-    assert "PEVLM: model architecture Qwen2ForCausalLM: PEVLM cannot tell its frames" in written
+    assert "PEVLM: model architecture Qwen2ForCausalLM: PEVLM does not serve it: " in written
+    assert "Load weight" not in written
 
 
 def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
