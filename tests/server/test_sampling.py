@@ -45,22 +45,12 @@ def test_two_videos_with_knobs_of_their_own(exchange: Exchange, odd_clip: Path, 
 
 @one_server
 def test_other_knobs_are_no_prefix_hit(exchange: Exchange, odd_clip: Path) -> None:
+    """The text before the video is shared, and nothing after it."""
     exchange.flush()
-    questions = [
-        about(Sampled(odd_clip, wishes))
-        for wishes in ({"max_frames": 12}, {"max_frames": 14}, {"max_frames": 12})
-    ]
-    answers = [exchange.check(question)[0] for question in questions[:2]]
-    before_video = exchange.oracle.videos(exchange.inputs(questions[0]))[0][0][0]
-    again = [
-        exchange.check(about(question.videos[0], start=answer.prompt_tokens - 1))[0]
-        for question, answer in zip(questions, [answers[0], answers[1], answers[0]], strict=True)
-    ]
-    assert [answer.cached_tokens for answer in again] == [
-        answer.prompt_tokens - 1 for answer in again
-    ]
-    exchange.flush()
-    exchange.check(questions[0])
-    end = answers[1].prompt_tokens - 1
-    [other] = exchange.check(about(questions[1].videos[0], start=end))
-    assert other.cached_tokens == before_video
+    first, other = (Sampled(odd_clip, {"max_frames": frames}) for frames in (12, 14))
+    [answer] = exchange.check(about(first))
+    end = answer.prompt_tokens - 1
+    before_video = exchange.oracle.videos(exchange.inputs(about(first)))[0][0][0]
+    for video, cached in ((other, before_video), (first, end)):
+        [answer] = exchange.check(about(video, start=end))
+        assert answer.cached_tokens == cached

@@ -62,8 +62,8 @@ def test_ways_to_send_a_video(
         ({}, 10, 12),
         ({"fps": 1}, 5, 12),
         ({"max_frames": 7}, 3, 12),
-        ({"max_pixels": 5000}, 10, 6),
-        ({"fps": 4, "max_frames": 24, "max_pixels": 7000}, 12, 8),
+        ({"max_pixels": 5000}, 10, 4),
+        ({"fps": 4, "max_frames": 24, "max_pixels": 7000}, 12, 6),
         ({"max_frame": 7}, 10, 12),  # no knob: ignored, as SGLang does
     ],
 )
