@@ -151,8 +151,8 @@ def _checked(
     frames = _frames.get()
     if frames is None:
         raise RuntimeError(
-            f"attn_implementation={NAME!r}: expected a call inside `with pevlm_frames(videos, ...)`, "
-            "without videos for a prompt of text"
+            f"attn_implementation={NAME!r}: expected a call inside `with pevlm_frames(videos, ...)`"
+            ", with no videos for a prompt of text"
         )
     if query.shape[0] != 1:
         raise ValueError(
