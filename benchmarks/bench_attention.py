@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gate import worst_ratio
-from machine import card, seconds
+from machine import card, seconds, summary
 from peers import Attention, dense_peers, missing, sparse_peers
 from workload import MODELS, TOKENS_PER_FRAME, Prompt, Shape, flops
 
@@ -224,7 +224,7 @@ def main() -> None:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about = card(device)
-    print("\n".join(f"{key}: {value}" for key, value in about.items() if value is not None))
+    print(summary(about))
     bench = Bench(device, dtype, options.budget)
     tuned = tune(bench) if device.type == "cuda" else {}
     print("\n" + HEADER)

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import card
+from machine import card, summary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workload import MODELS, SYSTEM_TOKENS, TOKENS_PER_FRAME, Prompt, Shape
 
@@ -205,7 +205,7 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     per_frame = TOKENS_PER_FRAME if on_gpu else CPU_TOKENS_PER_FRAME
     about = card(device)
-    print("\n".join(f"{key}: {value}" for key, value in about.items() if value is not None))
+    print(summary(about))
 
     clock = AttentionClock(device)
     register = transformers.AttentionInterface.register

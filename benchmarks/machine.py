@@ -52,6 +52,14 @@ def card(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def summary(found: dict[str, Any]) -> str:
+    """A card in two lines: versions, and the machine."""
+    versions = [f"{name} {found[name]}" for name in (*LIBRARIES, "python") if found[name]]
+    rest = [name for name in found if name not in (*LIBRARIES, "python", "device")]
+    machine = [str(found["device"]), *(f"{name} {found[name]}" for name in rest)]
+    return f"{', '.join(versions)}\n{', '.join(machine)}"
+
+
 def seconds(
     function: Callable[[], Any], device: torch.device, *, limit_s: float = 1.0, most: int = 20
 ) -> float:
