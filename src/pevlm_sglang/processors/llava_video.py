@@ -80,10 +80,7 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         Raises:
             ValueError: see :meth:`pevlm_sglang.families.llava_geometry.VideoKnobs.of`.
         """
-        try:
-            VideoKnobs.of(video_config)
-        except ValueError as error:
-            raise ValueError(f"video: {error}") from error
+        VideoKnobs.of(video_config)
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any

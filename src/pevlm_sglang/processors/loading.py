@@ -25,9 +25,10 @@ def load_processor(
         tokenizer_name: directory or repository of the tokenizer.
         args, kwargs: of ``get_processor``; ``model_name`` is the model's directory or repository.
     """
+    from sglang.srt.utils.hf_transformers.common import resolve_runai_obj_uri
     from transformers import PretrainedConfig
 
-    model = kwargs.get("model_name") or tokenizer_name
+    model = resolve_runai_obj_uri(kwargs.get("model_name") or tokenizer_name)
     revision = kwargs.get("revision")
     config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     if not any(name in llava_video.ARCHITECTURES for name in config.get("architectures") or ()):
