@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import card, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # `benchmarks` and `support` live there
+sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
 
-from benchmarks.demo import card  # noqa: E402  # needs the line above
 from support.exchange import BATCH_ENV, SHARP, TOLERANCE, Exchange, about  # noqa: E402
 from support.families.qwen_vl import QwenVLOracle  # noqa: E402
 from support.oracle import Setting  # noqa: E402
@@ -271,10 +271,8 @@ def main() -> None:
     sizes = SIZES[device]
     chunk: int = options.chunk or sizes.chunk
 
-    header = card()
-    if device == "cuda":
-        header += f"\n{torch.cuda.get_device_name()}"
-    print(header, flush=True)
+    header = card(torch.device(device))
+    print(summary(header), flush=True)
     small = make_tiny_model(work / "small", **SMALL_MODEL)
     clips = {
         seconds: write_video(work / f"{seconds}s.mp4", seconds=seconds, fps=FPS, size=sizes.frame)

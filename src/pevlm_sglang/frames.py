@@ -95,7 +95,7 @@ class SpanRule:
         """
         videos = self.family.video_spans(inputs, prompt, self.frames_per_step)
         if image_runs:
-            videos = videos + _runs(sorted(self.family.image_ranges(inputs)), videos)
+            videos = videos + runs(sorted(self.family.image_ranges(inputs)), videos)
         return sorted(videos, key=lambda video: video.start)
 
 
@@ -119,15 +119,15 @@ def item_ranges(item: Any) -> list[Range]:
     return [(int(start), int(end) + 1) for start, end in item.offsets]
 
 
-def _runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
+def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
     """Group images in prompt order; a video between two images ends the run."""
-    runs: list[list[Range]] = []
+    groups: list[list[Range]] = []
     for image in images:
-        if runs and _adjacent(runs[-1][-1], image, videos):
-            runs[-1].append(image)
+        if groups and _adjacent(groups[-1][-1], image, videos):
+            groups[-1].append(image)
         else:
-            runs.append([image])
-    return [FrameSpans(tuple(run), image_run=True) for run in runs]
+            groups.append([image])
+    return [FrameSpans(tuple(group), image_run=True) for group in groups]
 
 
 def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
@@ -137,6 +137,6 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
 
 
 def _families() -> tuple[Family, ...]:
-    from pevlm_sglang.families import qwen3_vl, qwen_vl
+    from pevlm_sglang.families import llava_video, longvila, qwen3_vl, qwen_vl
 
-    return (qwen_vl, qwen3_vl)
+    return (qwen_vl, qwen3_vl, llava_video, longvila)

@@ -14,12 +14,22 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pevlm_sglang import arguments, embeddings, processors, requests, support, vision
+from pevlm_sglang import (
+    arguments,
+    corrections,
+    embeddings,
+    external,
+    processors,
+    requests,
+    support,
+    vision,
+)
 from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.observe import Observer
 from pevlm_sglang.processors import video_url
+from pevlm_sglang.processors.loading import load_processor
 from pevlm_sglang.support import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +46,8 @@ _HOOKS = {
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
     ".build_attention_backends": "_after_build_attention_backends",
     "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": "_after_get_mm_processor_cls",
+    "sglang.srt.utils.hf_transformers.processor.get_processor": "_around_get_processor",
+    "sglang.srt.model_loader.utils.get_model_architecture": "_around_get_model_architecture",
     "sglang.srt.managers.schedule_batch.Req.__init__": "_after_req_init",
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
@@ -96,6 +108,7 @@ def register() -> None:
     for target, name in _HOOKS.items():
         kind = HookType[name.split("_")[1].upper()]
         HookRegistry.register(target, globals()[name], kind)
+    external.register_checkpoints()
     Engine.server_args_class = staticmethod(_engine_server_args)
     register_attention_backend(arguments.NAME)(_refuse_unresolved_name)
     add_attention_backend_choices([arguments.NAME])
@@ -191,15 +204,38 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     support.check_server_args(resolved, config)
     if config.vision_fixes:
         processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
+        processors.offer_chat_template(hf_config.architectures or (), resolved.model_path)
     logger.info("PEVLM configuration: %s", config.describe())
 
 
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
-    if _Process.config is None:
-        return processor
-    return processors.for_architectures(processor, hf_config.architectures or ())
+    with_pevlm = _Process.config is not None and _in_our_hands(hf_config)
+    return processors.for_architectures(
+        processor, hf_config.architectures or (), with_pevlm=with_pevlm
+    )
+
+
+def _in_our_hands(hf_config: Any) -> bool:
+    """Whether a processor here finds the model that it prepares its tokens for."""
+    assert _Process.config is not None
+    needs_model = any(map(corrections.corrected, hf_config.architectures or ()))
+    return _Process.config.vision_fixes or not needs_model
+
+
+def _around_get_processor(get_processor: Any, *args: Any, **kwargs: Any) -> Any:
+    if _Process.config is None or not _Process.config.vision_fixes:
+        return get_processor(*args, **kwargs)
+    return load_processor(get_processor, *args, **kwargs)
+
+
+def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> tuple[type, str]:
+    external.register_models(config.hf_config.architectures or ())
+    model, name = get_model_architecture(config)
+    if _Process.config is not None and _Process.config.vision_fixes:
+        model = corrections.for_architecture(model, name)
+    return model, name
 
 
 # --- The scheduler ---------------------------------------------------------------------------
@@ -230,6 +266,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         put_on(prefill_backend, observer)
         keeper = embeddings.Keeper(observer)
         fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
+        fixes += corrections.described(model_runner.model)
         fixes += embeddings.install(keeper, config)
     except UnsupportedError as error:
         _stop(error)

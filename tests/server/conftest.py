@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import qwen3_vl
+from support.families import llava_video_tiny, longvila, qwen3_vl
+from support.families.llava_video import NUM_FRAMES, LlavaVideoOracle
 from support.families.qwen3_vl import Qwen3VLOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
@@ -52,6 +53,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     **{name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES},
     "qwen3_vl": qwen3_vl.make_tiny_model,
     "qwen3_vl_moe": partial(qwen3_vl.make_tiny_model, moe=True),
+    "llava_video": llava_video_tiny.make_tiny_model,
+    "longvila": longvila.make_tiny_model,
 }
 """Architecture → writes a tiny model into a directory."""
 
@@ -77,12 +80,30 @@ DEPLOYMENTS = {
         {"SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
         architecture="qwen2_vl",
     ),
+    "longvila": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="longvila",
+        oracle=longvila.LongVilaOracle,
+        video=("--mm-process-config", '{"video": {"max_frames": 60}}'),
+    ),
     "triton": Deployment(
         (
             *("--chunked-prefill-size", "64", "--pevlm-base-backend", "triton"),
             *("--disable-overlap-schedule", "--skip-server-warmup"),
         ),
         {"TRITON_INTERPRET": "1"},
+    ),
+    "llava_video": Deployment(
+        (
+            *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
+            "--disable-overlap-schedule",
+        ),
+        architecture="llava_video",
+        oracle=LlavaVideoOracle,
+        video=(
+            "--mm-process-config",
+            f'{{"video": {{"num_frames": {NUM_FRAMES}, "max_frames": 80}}}}',
+        ),
     ),
     "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),

@@ -110,12 +110,15 @@ def make_tiny_model(
     return directory
 
 
-def write_tokenizer(directory: Path, text: str = TEXT) -> dict[str, int]:
+def write_tokenizer(
+    directory: Path, text: str = TEXT, *, chat_template: str = CHAT_TEMPLATE
+) -> dict[str, int]:
     """A byte-level BPE of a few hundred tokens.
 
     Args:
         directory: of the model.
         text: whose words become tokens.
+        chat_template: in Jinja.
 
     Returns:
         All token ids.
@@ -140,11 +143,11 @@ def write_tokenizer(directory: Path, text: str = TEXT) -> dict[str, int]:
             "model_max_length": MAX_POSITIONS,
             "pad_token": "<|endoftext|>",
             "eos_token": "<|im_end|>",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template,
             "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         },
     )
-    write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(directory / "chat_template.json", {"chat_template": chat_template})
     return dict(tokenizer.get_vocab())
 
 

@@ -1,0 +1,27 @@
+"""SGLang's models, corrected: one subclass a model, in its place on a server with PEVLM."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+_MODELS = {"LlavaQwenForCausalLM": "pevlm_sglang.corrections.llava_video:LlavaQwenForCausalLM"}
+"""Architecture → the class to use in place of SGLang's, as ``module:name``."""
+
+
+def corrected(architecture: str) -> bool:
+    """Whether this plugin has a class of its own for an architecture."""
+    return architecture in _MODELS
+
+
+def for_architecture(upstream: type, architecture: str) -> type:
+    """The model class of an architecture: this plugin's, or ``upstream`` where it has none."""
+    if not corrected(architecture):
+        return upstream
+    model: Any = pkgutil.resolve_name(_MODELS[architecture])
+    return model
+
+
+def described(model: Any) -> tuple[str, ...]:
+    """What a model computes otherwise than SGLang's own, in words."""
+    return tuple(getattr(model, "pevlm_corrections", ()))
