@@ -110,7 +110,10 @@ DEPLOYMENTS = {
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
     ),
     "qwen3_vl": Deployment(
-        ("--chunked-prefill-size", "131"), architecture="qwen3_vl", oracle=Qwen3VLOracle
+        ("--chunked-prefill-size", "131"),
+        NO_EMBEDDING_CACHE,
+        architecture="qwen3_vl",
+        oracle=Qwen3VLOracle,
     ),
     "qwen3_vl_moe": Deployment(
         ("--chunked-prefill-size", "257"), architecture="qwen3_vl_moe", oracle=Qwen3VLOracle
