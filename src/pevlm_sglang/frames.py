@@ -137,6 +137,6 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
 
 
 def _families() -> tuple[Family, ...]:
-    from pevlm_sglang.families import qwen_vl
+    from pevlm_sglang.families import internvl, qwen_vl
 
-    return (qwen_vl,)
+    return (qwen_vl, internvl)

@@ -19,6 +19,7 @@ from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.frames import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.observe import Observer
+from pevlm_sglang.processors.frame_count import check_video_config
 from pevlm_sglang.support import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -170,13 +171,16 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model` and
+        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model`,
+            :func:`pevlm_sglang.processors.frame_count.check_video_config` and
             :func:`pevlm_sglang.support.check_server_args`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
-    SpanRule.of_model(model_config_of(server_args).hf_config)  # before the weights are loaded
+    hf_config = model_config_of(server_args).hf_config
+    SpanRule.of_model(hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
+    check_video_config(hf_config.architectures or (), resolved.mm_process_config)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
             f"--dp-size: expected 1, got {resolved.dp_size}; this SGLang's data-parallel "
@@ -191,7 +195,8 @@ def _after_get_mm_processor_cls(
 ) -> type | None:
     if _Process.config is None:
         return processor
-    return processors.for_architectures(processor, hf_config.architectures or ())
+    architectures = hf_config.architectures or ()
+    return processors.for_architectures(processor, architectures, _Process.config)
 
 
 # --- The scheduler ---------------------------------------------------------------------------

@@ -10,6 +10,9 @@ worse the longer the video is:
   attends within each step: wrong features, at a cost quadratic in the length of the video
   (sglang/srt/models/qwen2_5_vl.py, ``Qwen2_5_VisionTransformer.forward``).
 
+InternVL3.5's deviations are listed in :mod:`pevlm_sglang.processors.internvl_frames` and at
+:func:`fix_placeholders`.
+
 ``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
@@ -26,8 +29,16 @@ from pevlm_sglang.config import PevlmConfig
 from pevlm_sglang.support import UnsupportedError
 
 MODEL_TYPE = "qwen2_5_vl"
+INTERNVL = "internvl_chat"
 TEMPORAL_POSITIONS = "temporal positions follow the sampled frame rate"
 PER_STEP_TOWER = "the vision tower attends within each step"
+INTERNVL_CORRECTIONS = (
+    "frames are the middles of equal segments of the video",
+    "frames and images are resized with antialiasing, and keep the model's precision",
+    "frames are numbered Frame1: as in the reference",
+    "videos and images may stand in any order",
+)
+"""The first three are :mod:`pevlm_sglang.processors.internvl_frames`."""
 
 _METADATA = "pevlm_video_metadata"
 
@@ -41,6 +52,9 @@ def install(model_type: str, config: PevlmConfig) -> tuple[str, ...]:
     Raises:
         UnsupportedError: this SGLang lacks a seam that they need.
     """
+    if config.vision_fixes and model_type == INTERNVL:
+        fix_placeholders()
+        return INTERNVL_CORRECTIONS
     if not config.vision_fixes or model_type != MODEL_TYPE:
         return ()
     fix_positions()
@@ -70,6 +84,26 @@ def fix_tower() -> None:
         return corrected
 
     _wrap(Qwen2_5_VisionTransformer, "forward", wrap)
+
+
+def fix_placeholders() -> None:
+    """Make each placeholder of InternVL that of its own item. Runs in the scheduler.
+
+    SGLang hands out pad values in the order of its items, images first, to the prompt's ``<img>``
+    one by one: a video before an image takes the image's, and both get wrong features
+    (sglang/srt/models/internvl.py, ``pad_input_ids``). The items' offsets say what is whose.
+    """
+    from sglang.srt.managers.mm_utils import MultiModalityDataPaddingPatternMultimodalTokens
+    from sglang.srt.models.internvl import InternVLChatModel
+
+    def wrap(pad_input_ids: Callable[..., Any]) -> Callable[..., Any]:
+        def corrected(self: Any, input_ids: Any, mm_inputs: Any) -> Any:
+            pattern = MultiModalityDataPaddingPatternMultimodalTokens()
+            return pattern.pad_input_tokens(input_ids, mm_inputs)
+
+        return corrected
+
+    _wrap(InternVLChatModel, "pad_input_ids", wrap)
 
 
 def fix_positions() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
+from support.families import internvl
+from support.families.internvl import InternVLOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -23,6 +25,7 @@ from support.video import write_video
 
 CLIP_SIZE = (112, 84)  # pixels: 12 tokens a step, with the flag below
 FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+TWELVE_FRAMES = ("--mm-process-config", '{"video": {"num_frames": 12, "max_frames": 40}}')
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Deployment:
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
-    name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
+    **{name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES},
+    "internvl": internvl.make_tiny_model,
+    "internvl_moe": partial(internvl.make_tiny_model, moe=True),
 }
 """Architecture → writes a tiny model into a directory."""
 
@@ -79,6 +84,18 @@ DEPLOYMENTS = {
     "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_TEST_RETRACT": "1"},
+    ),
+    "internvl": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="internvl",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
+    ),
+    "internvl_moe": Deployment(
+        ("--chunked-prefill-size", "257"),
+        architecture="internvl_moe",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
     ),
 }
 

@@ -1,0 +1,434 @@
+"""InternVL3.5: a tiny model in the published layout, and the code of its model card as reference.
+
+The language model, vision tower and projector are Hugging Face's, whose own layout of the same
+weights lies in the sub-directory ``reference``. Sampling, tiles and the prompt follow the published
+``load_video``, ``load_image`` and ``chat``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.oracle import Oracle
+from support.spec_mask import Steps
+
+SIZE = 448  # pixels a side of a tile
+TOKENS = 16  # of a tile: 8 x 8 patches, of which four become one
+IMAGE, VIDEO = "<image>", "<video>"
+CONTEXT = "<IMG_CONTEXT>"
+
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<img>", "</img>", CONTEXT),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
+
+# Of Qwen's tokenizers: a run of newlines is one token, digits stand alone.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CORPUS = "system user assistant KeyFrame Frame: What happens in the video?\n\nWhich\n\n\nis it?"
+_FINISHED = "tiny.json"  # written last: its presence says that the model is whole
+
+
+def make_tiny_model(
+    directory: Path, *, moe: bool = False, weight_std: float = 0.08, seed: int = 0
+) -> Path:
+    """Write model and tokenizer as they are published, unless the directory holds them already.
+
+    Args:
+        directory: a sub-directory of it becomes the model's, since SGLang knows the model by name.
+        moe: whether the language model is Qwen3-MoE, with eight experts.
+        weight_std: standard deviation of the weight matrices.
+        seed: of the weights.
+
+    Returns:
+        The model's directory.
+    """
+    directory = Path(directory) / "InternVL3_5-tiny"
+    settings = {"moe": moe, "weight_std": weight_std, "seed": seed, "recipe": 1}
+    finished = directory / _FINISHED
+    if finished.exists() and json.loads(finished.read_text()) == settings:
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    token_ids = write_tokenizer(directory)
+    model = _reference_model(token_ids, moe)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=weight_std, generator=generator)
+            elif "lambda" in name or name.endswith("bias"):
+                parameter.normal_(mean=float("lambda" in name), std=0.1, generator=generator)
+    model.save_pretrained(directory / "reference")
+    _write_published(directory, model, moe)
+    finished.write_text(json.dumps(settings))
+    return directory
+
+
+def write_tokenizer(directory: Path) -> dict[str, int]:
+    """A byte-level BPE of a few hundred tokens that splits as Qwen's; returns all token ids."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_CORPUS] * 10, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "model_max_length": 40960,
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        },
+    )
+    return dict(tokenizer.get_vocab())
+
+
+def _reference_model(token_ids: dict[str, int], moe: bool) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    text: dict[str, Any] = {
+        "model_type": "qwen3_moe" if moe else "qwen3",
+        "vocab_size": -(-len(token_ids) // 64) * 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "bos_token_id": token_ids["<|endoftext|>"],
+        "eos_token_id": token_ids["<|im_end|>"],
+    }
+    if moe:
+        text |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "attention_bias": True,
+        "use_qk_norm": False,
+        "image_size": [SIZE, SIZE],
+        "patch_size": [SIZE // 8, SIZE // 8],
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+    }
+    config = transformers.InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_ids[CONTEXT],
+        image_seq_length=TOKENS,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    return transformers.InternVLForConditionalGeneration(config).to(torch.float32).eval()
+
+
+_PUBLISHED_NAMES = (  # Hugging Face's name → the published one
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.multi_modal_projector\.layer_norm\.", "mlp1.0."),
+    (r"^model\.multi_modal_projector\.linear_1\.", "mlp1.1."),
+    (r"^model\.multi_modal_projector\.linear_2\.", "mlp1.3."),
+    (r"^model\.vision_tower\.", "vision_model."),
+    (r"\.embeddings\.cls_token$", ".embeddings.class_embedding"),
+    (r"\.embeddings\.position_embeddings$", ".embeddings.position_embedding"),
+    (r"\.patch_embeddings\.projection\.", ".patch_embedding."),
+    (r"^vision_model\.encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"\.attention\.projection_layer\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.lambda_", ".ls"),
+)
+
+
+def _write_published(directory: Path, model: Any, moe: bool) -> None:
+    """``config.json`` and weights as OpenGVLab publishes them for ``InternVLChatModel``."""
+    from safetensors.torch import save_file
+
+    text = model.config.text_config.to_dict()
+    text |= {"architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"]}
+    _write_json(
+        directory / "config.json",
+        {
+            "architectures": ["InternVLChatModel"],
+            "model_type": "internvl_chat",
+            "downsample_ratio": 0.5,
+            "dynamic_image_size": True,
+            "force_image_size": SIZE,
+            "llm_config": text,
+            "max_dynamic_patch": 12,
+            "min_dynamic_patch": 1,
+            "pad2square": False,
+            "ps_version": "v2",
+            "select_layer": -1,
+            "template": "internvl2_5",
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "use_thumbnail": True,
+            "vision_config": {
+                "architectures": ["InternVisionModel"],
+                "model_type": "intern_vit_6b",
+                "attention_dropout": 0.0,
+                "drop_path_rate": 0.0,
+                "dropout": 0.0,
+                "hidden_act": "gelu",
+                "hidden_size": 64,
+                "image_size": SIZE,
+                "initializer_factor": 1.0,
+                "intermediate_size": 128,
+                "layer_norm_eps": 1e-6,
+                "norm_type": "layer_norm",
+                "num_attention_heads": 4,
+                "num_channels": 3,
+                "num_hidden_layers": 2,
+                "patch_size": SIZE // 8,
+                "qk_normalization": False,
+                "qkv_bias": True,
+            },
+        },
+    )
+    save_file(published_weights(model), directory / "model.safetensors")
+
+
+def published_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of Hugging Face's model under the published names, one expert a tensor."""
+    found = dict(model.state_dict())
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in found.items():
+        if ".attention.q_proj." in name:
+            weight = torch.cat([found[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("q_proj", "qkv")
+        elif re.search(r"\.attention\.[kv]_proj\.", name):
+            continue
+        for pattern, published in _PUBLISHED_NAMES:
+            name = re.sub(pattern, published, name)
+        for part, tensor in _experts(name, weight):
+            weights[part] = tensor.clone().contiguous()
+    return weights
+
+
+def _experts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return [(name, weight)]
+    prefix, kind = name.rsplit(".", 1)
+    parts: list[tuple[str, torch.Tensor]] = []
+    for i, expert in enumerate(weight):
+        if kind == "down_proj":
+            parts.append((f"{prefix}.{i}.down_proj.weight", expert))
+        else:
+            gate, up = expert.chunk(2)
+            parts += [
+                (f"{prefix}.{i}.gate_proj.weight", gate),
+                (f"{prefix}.{i}.up_proj.weight", up),
+            ]
+    return parts
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2))
+
+
+class InternVLOracle(Oracle):
+    """Args:
+    model: directory of the checkpoint.
+    num_frames: sampled of each video.
+    """
+
+    def __init__(self, model: Path, *, num_frames: int = 32) -> None:
+        from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = InternVLForConditionalGeneration.from_pretrained(
+            model / "reference", dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self.num_frames = num_frames
+
+    def inputs(
+        self,
+        prompt: str,
+        videos: Sequence[Path],
+        images: Sequence[Any] = (),
+        *,
+        num_frames: Sequence[int] | None = None,
+        max_tiles: int = 1,
+    ) -> dict[str, Any]:
+        """See :class:`Oracle`.
+
+        Args:
+            num_frames: of each video, in place of the default.
+            max_tiles: of a frame.
+
+        Returns:
+            ``input_ids`` ``[1, length]``, ``tiles`` ``[n, 3, 448, 448]`` in prompt order, the
+            token ranges of the frames of each video (``videos``) and of each image (``images``).
+        """
+        counts = num_frames or [self.num_frames] * len(videos)
+        clips = iter([sample(video, count) for video, count in zip(videos, counts, strict=True)])
+        pictures = iter(images)
+        text = ""
+        tiles: list[torch.Tensor] = []
+        video_cuts: list[list[int]] = []  # characters at which the frames of a video start, and end
+        for part in re.split(f"({IMAGE}|{VIDEO})", prompt):
+            if part == IMAGE:
+                tiles += [load(next(pictures), max_tiles=12)]
+                text += f"<img>{CONTEXT * (TOKENS * len(tiles[-1]))}</img>"
+            elif part == VIDEO:
+                cuts = []
+                for number, frame in enumerate(next(clips), 1):
+                    tiles += [load(frame, max_tiles=max_tiles)]
+                    cuts.append(len(text))
+                    text += f"Frame{number}: <img>{CONTEXT * (TOKENS * len(tiles[-1]))}</img>\n"
+                video_cuts.append([*cuts, len(text)])
+            else:
+                text += part
+        ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        starts = token_starts(self.tokenizer, ids[0].tolist())
+        assert starts[-1] == len(text.encode())
+        videos_at = [
+            [first_token(starts, len(text[:cut].encode())) for cut in cuts] for cuts in video_cuts
+        ]
+        return {
+            "input_ids": ids,
+            "text": text,
+            "tiles": torch.cat(tiles) if tiles else None,
+            "videos": [list(pairwise(at)) for at in videos_at],
+            "images": self._images(ids[0], videos_at),
+        }
+
+    def _images(self, ids: torch.Tensor, videos_at: list[list[int]]) -> list[tuple[int, int]]:
+        """Runs of placeholders outside videos."""
+        found = (ids == self.tokenizer.convert_tokens_to_ids(CONTEXT)).tolist()
+        inside = {i for at in videos_at for i in range(at[0], at[-1])}
+        runs: list[tuple[int, int]] = []
+        for i, placeholder in enumerate(found):
+            if placeholder and i not in inside:
+                if runs and runs[-1][1] == i:
+                    runs[-1] = (runs[-1][0], i + 1)
+                else:
+                    runs.append((i, i + 1))
+        return runs
+
+    def videos(self, inputs: Any) -> list[Steps]:
+        return [*inputs["videos"]]
+
+    def images(self, inputs: Any) -> list[tuple[int, int]]:
+        return [*inputs["images"]]
+
+    def logits(self, inputs: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()(ids)
+        if inputs["tiles"] is not None:
+            placeholders = ids == self.tokenizer.convert_tokens_to_ids(CONTEXT)
+            features = self.features(inputs["tiles"]).flatten(0, 1)
+            assert int(placeholders.sum()) == len(features)
+            embeddings[placeholders] = features
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings[None], attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        logits: torch.Tensor = self.model.lm_head(hidden)[0]
+        return logits
+
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """``[n, 3, 448, 448]`` → ``[n, 16, hidden]``, of the vision tower and the projector."""
+        features: torch.Tensor = self.model.model.get_image_features(
+            tiles, vision_feature_layer=-1, vision_feature_select_strategy="default"
+        ).pooler_output
+        return features
+
+
+def sample(video: Path, count: int) -> list[Any]:
+    """The middle frame of each of ``count`` equal segments, as pictures."""
+    from PIL import Image
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(video), dimension_order="NHWC")
+    segment = float(len(decoder) - 1) / count
+    indices = [int(segment / 2 + np.round(segment * i)) for i in range(count)]
+    return [Image.fromarray(decoder[i].numpy()) for i in indices]
+
+
+def load(picture: Any, max_tiles: int) -> torch.Tensor:
+    """``[tiles, 3, 448, 448]``: the grid whose ratio is closest, and the whole as a thumbnail."""
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize((SIZE, SIZE), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    columns, rows = tile_grid(picture.width, picture.height, max_tiles)
+    whole = picture.resize((columns * SIZE, rows * SIZE))
+    tiles = []
+    for i in range(columns * rows):
+        x, y = i % columns * SIZE, i // columns * SIZE
+        tiles.append(transform(whole.crop((x, y, x + SIZE, y + SIZE))))
+    if len(tiles) > 1:
+        tiles.append(transform(picture))
+    return torch.stack(tiles)
+
+
+def tile_grid(width: int, height: int, most: int) -> tuple[int, int]:
+    """Columns and rows: small grids first, a later one only if closer, or as close and the picture
+    has more than half of its pixels."""
+    grids = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    best = grids[0]
+    for grid in grids[1:]:
+        gap = abs(width / height - grid[0] / grid[1]) - abs(width / height - best[0] / best[1])
+        if gap < 0 or (gap == 0 and width * height > SIZE * SIZE * grid[0] * grid[1] / 2):
+            best = grid
+    return best
+
+
+def token_starts(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Where each token starts in the text, in bytes, and where the last ends.
+
+    A token of a byte-level vocabulary is spelt with a character a byte.
+    """
+    starts = [0]
+    for token in tokenizer.convert_ids_to_tokens(list(ids)):
+        starts.append(starts[-1] + len(token))
+    return starts
+
+
+def first_token(starts: Sequence[int], position: int) -> int:
+    """The first token that starts at a byte or after it."""
+    return next(i for i, start in enumerate(starts) if start >= position)
