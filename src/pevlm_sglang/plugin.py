@@ -195,8 +195,7 @@ def _after_get_mm_processor_cls(
 ) -> type | None:
     if _Process.config is None:
         return processor
-    architectures = hf_config.architectures or ()
-    return processors.for_architectures(processor, architectures, _Process.config)
+    return processors.for_architectures(processor, hf_config.architectures or ())
 
 
 # --- The scheduler ---------------------------------------------------------------------------

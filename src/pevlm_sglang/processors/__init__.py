@@ -10,23 +10,18 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-from pevlm_sglang.config import PevlmConfig
-
 _PROCESSORS: dict[str, str] = {
     "InternVLChatModel": "pevlm_sglang.processors.internvl:PevlmInternVLProcessor",
 }
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
 
 
-def for_architectures(
-    upstream: type | None, architectures: Iterable[str], config: PevlmConfig
-) -> type | None:
+def for_architectures(upstream: type | None, architectures: Iterable[str]) -> type | None:
     """The processor class of a model.
 
     Args:
         upstream: the class that SGLang would take.
         architectures: of the model's configuration.
-        config: of the server; this plugin's class finds it as ``pevlm_config``.
 
     Returns:
         This plugin's class, or ``upstream`` where the plugin has none.
@@ -34,6 +29,5 @@ def for_architectures(
     for name in architectures:
         if name in _PROCESSORS:
             processor: Any = pkgutil.resolve_name(_PROCESSORS[name])
-            processor.pevlm_config = config
             return processor
     return upstream

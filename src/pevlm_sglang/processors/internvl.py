@@ -56,7 +56,6 @@ class PevlmInternVLProcessor(InternVLProcessor):
         ValueError: a bad ``--mm-process-config``, or, of a request, bad wishes or media.
     """
 
-    pevlm_config = PevlmConfig()  # the server's own, once its processor is chosen
     video_preprocessing_device = "cpu"  # decode there, as the reference does
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +63,8 @@ class PevlmInternVLProcessor(InternVLProcessor):
         default = DEFAULT_NUM_FRAMES[internvl.ARCHITECTURES[0]]
         self._frame_count = FrameCount.of(self.video_config, default=default)
         self._size = int(hf_config.force_image_size or hf_config.vision_config.image_size)
-        self._published = self.pevlm_config.vision_fixes
+        config: PevlmConfig = server_args._pevlm_config
+        self._published = config.vision_fixes
         self._preparation: Preparation = (
             Published(self._size, _tile_dtype(hf_config))
             if self._published

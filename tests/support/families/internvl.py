@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CORPUS = "system user assistant KeyFrame Frame: What happens in the video?\n\nWhich\n\n\nis it?"
+_CORPUS = (
+    "system user assistant Frame: What happens in the video?\n\nWhich\n\n\nis it?\n"
+    "Frame\nKeyFrame\n"
+)
 _FINISHED = "tiny.json"  # written last: its presence says that the model is whole
 
 
@@ -55,7 +59,7 @@ def make_tiny_model(
         The model's directory.
     """
     directory = Path(directory) / "InternVL3_5-tiny"
-    settings = {"moe": moe, "weight_std": weight_std, "seed": seed, "recipe": 1}
+    settings = {"moe": moe, "weight_std": weight_std, "seed": seed, "recipe": 2}
     finished = directory / _FINISHED
     if finished.exists() and json.loads(finished.read_text()) == settings:
         return directory
@@ -300,50 +304,18 @@ class InternVLOracle(Oracle):
             token ranges of the frames of each video (``videos``) and of each image (``images``).
         """
         counts = num_frames or [self.num_frames] * len(videos)
-        clips = iter([sample(video, count) for video, count in zip(videos, counts, strict=True)])
-        pictures = iter(images)
-        text = ""
-        tiles: list[torch.Tensor] = []
-        video_cuts: list[list[int]] = []  # characters at which the frames of a video start, and end
-        for part in re.split(f"({IMAGE}|{VIDEO})", prompt):
-            if part == IMAGE:
-                tiles += [load(next(pictures), max_tiles=12)]
-                text += f"<img>{CONTEXT * (TOKENS * len(tiles[-1]))}</img>"
-            elif part == VIDEO:
-                cuts = []
-                for number, frame in enumerate(next(clips), 1):
-                    tiles += [load(frame, max_tiles=max_tiles)]
-                    cuts.append(len(text))
-                    text += f"Frame{number}: <img>{CONTEXT * (TOKENS * len(tiles[-1]))}</img>\n"
-                video_cuts.append([*cuts, len(text)])
-            else:
-                text += part
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        starts = token_starts(self.tokenizer, ids[0].tolist())
-        assert starts[-1] == len(text.encode())
-        videos_at = [
-            [first_token(starts, len(text[:cut].encode())) for cut in cuts] for cuts in video_cuts
+        clips = [
+            [load(frame, max_tiles) for frame in sample(video, count)]
+            for video, count in zip(videos, counts, strict=True)
         ]
+        pictures = [load(image, max_tiles=12) for image in images]
+        prompt_tiles = [*map(len, pictures)], [[*map(len, clip)] for clip in clips]
+        queues = {IMAGE: iter([[picture] for picture in pictures]), VIDEO: iter(clips)}
+        tiles = [t for name in re.findall(f"{IMAGE}|{VIDEO}", prompt) for t in next(queues[name])]
         return {
-            "input_ids": ids,
-            "text": text,
+            **written(self.tokenizer, prompt, *prompt_tiles),
             "tiles": torch.cat(tiles) if tiles else None,
-            "videos": [list(pairwise(at)) for at in videos_at],
-            "images": self._images(ids[0], videos_at),
         }
-
-    def _images(self, ids: torch.Tensor, videos_at: list[list[int]]) -> list[tuple[int, int]]:
-        """Runs of placeholders outside videos."""
-        found = (ids == self.tokenizer.convert_tokens_to_ids(CONTEXT)).tolist()
-        inside = {i for at in videos_at for i in range(at[0], at[-1])}
-        runs: list[tuple[int, int]] = []
-        for i, placeholder in enumerate(found):
-            if placeholder and i not in inside:
-                if runs and runs[-1][1] == i:
-                    runs[-1] = (runs[-1][0], i + 1)
-                else:
-                    runs.append((i, i + 1))
-        return runs
 
     def videos(self, inputs: Any) -> list[Steps]:
         return [*inputs["videos"]]
@@ -372,6 +344,55 @@ class InternVLOracle(Oracle):
         return features
 
 
+def written(
+    tokenizer: Any, prompt: str, images: Sequence[int], videos: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """A prompt as the reference writes it out, and where its media lie.
+
+    Args:
+        tokenizer: of the model.
+        prompt: with one placeholder an image or video.
+        images: tiles of each image.
+        videos: tiles of each frame of each video.
+
+    Returns:
+        ``input_ids`` ``[1, length]``; ``videos``, the steps of each, which start and end with the
+        first token that starts in them and after them; ``images``, the placeholders of each.
+    """
+    image_tiles, frame_tiles = iter(images), iter(videos)
+    text = ""
+    cuts: dict[str, list[list[int]]] = {IMAGE: [], VIDEO: []}  # in characters
+    for part in re.split(f"({IMAGE}|{VIDEO})", prompt):
+        if part == IMAGE:
+            start = len(text) + len("<img>")
+            text += f"<img>{CONTEXT * (TOKENS * next(image_tiles))}</img>"
+            cuts[part].append([start, len(text) - len("</img>")])
+        elif part == VIDEO:
+            starts = []
+            for number, tiles in enumerate(next(frame_tiles), 1):
+                starts.append(len(text))
+                text += f"Frame{number}: <img>{CONTEXT * (TOKENS * tiles)}</img>\n"
+            cuts[part].append([*starts, len(text)])
+        else:
+            text += part
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    # A token of a byte-level vocabulary is spelt with a character a byte.
+    lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+    token_starts = [0, *accumulate(lengths)]
+    assert token_starts[-1] == len(text.encode())
+
+    def tokens(characters: Sequence[int]) -> list[tuple[int, int]]:
+        """The ranges between the first tokens that start at or after some characters."""
+        at = [bisect_left(token_starts, len(text[:c].encode())) for c in characters]
+        return list(pairwise(at))
+
+    return {
+        "input_ids": ids,
+        "videos": [tokens(starts) for starts in cuts[VIDEO]],
+        "images": [tokens(ends)[0] for ends in cuts[IMAGE]],
+    }
+
+
 def sample(video: Path, count: int) -> list[Any]:
     """The middle frame of each of ``count`` equal segments, as pictures."""
     from PIL import Image
@@ -380,7 +401,7 @@ def sample(video: Path, count: int) -> list[Any]:
     decoder = VideoDecoder(str(video), dimension_order="NHWC")
     segment = float(len(decoder) - 1) / count
     indices = [int(segment / 2 + np.round(segment * i)) for i in range(count)]
-    return [Image.fromarray(decoder[i].numpy()) for i in indices]
+    return [Image.fromarray(decoder.get_frame_at(i).data.numpy()) for i in indices]
 
 
 def load(picture: Any, max_tiles: int) -> torch.Tensor:
@@ -416,19 +437,3 @@ def tile_grid(width: int, height: int, most: int) -> tuple[int, int]:
         if gap < 0 or (gap == 0 and width * height > SIZE * SIZE * grid[0] * grid[1] / 2):
             best = grid
     return best
-
-
-def token_starts(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Where each token starts in the text, in bytes, and where the last ends.
-
-    A token of a byte-level vocabulary is spelt with a character a byte.
-    """
-    starts = [0]
-    for token in tokenizer.convert_ids_to_tokens(list(ids)):
-        starts.append(starts[-1] + len(token))
-    return starts
-
-
-def first_token(starts: Sequence[int], position: int) -> int:
-    """The first token that starts at a byte or after it."""
-    return next(i for i, start in enumerate(starts) if start >= position)

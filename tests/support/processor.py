@@ -1,0 +1,69 @@
+"""SGLang's multimodal processor of a model, in this process: no server, no weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pevlm_sglang.config import PevlmConfig
+
+
+class Processor:
+    """Args:
+    processor: SGLang's, or this plugin's.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.sglang = processor
+
+    def __call__(self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()) -> Any:
+        """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``."""
+        request = SimpleNamespace(
+            image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
+        )
+        with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor):
+            return asyncio.run(
+                self.sglang.process_mm_data_async(
+                    image_data=request.image_data, input_text=text, request_obj=request
+                )
+            )
+
+
+@contextmanager
+def sglang_processor(
+    processor_class: type,
+    hf_config: Any,
+    hf_processor: Any,
+    *,
+    video: Mapping[str, Any] | None = None,
+    vision_fixes: bool = True,
+) -> Iterator[Processor]:
+    """A processor as a server's launcher builds it.
+
+    Args:
+        processor_class: SGLang's or this plugin's.
+        hf_config: of the model.
+        hf_processor: transformers' one.
+        video: the ``video`` section of ``--mm-process-config``.
+        vision_fixes: of the plugin.
+    """
+    from sglang.srt.runtime_context import get_context
+
+    context = get_context()
+    with context.override_server_args(
+        mm_process_config={"video": dict(video or {})},
+        _pevlm_config=PevlmConfig(vision_fixes=vision_fixes),
+    ) as server_args:
+        processor: Any = processor_class(
+            hf_config, server_args, hf_processor, "default", skip_mm_pool=True
+        )
+        try:
+            yield Processor(processor)
+        finally:
+            processor.io_executor.shutdown()
