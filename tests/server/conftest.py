@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import internvl
+from support.families import internvl_model
 from support.families.internvl import InternVLOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
@@ -48,8 +48,8 @@ class Deployment:
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     **{name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES},
-    "internvl": internvl.make_tiny_model,
-    "internvl_moe": partial(internvl.make_tiny_model, moe=True),
+    "internvl": internvl_model.make_tiny_model,
+    "internvl_moe": partial(internvl_model.make_tiny_model, moe=True),
 }
 """Architecture → writes a tiny model into a directory."""
 

@@ -124,7 +124,7 @@ class PevlmInternVLProcessor(InternVLProcessor):
     def _sample(self, video: VideoDecoderWrapper, count: int, most: int) -> _Video:
         """``count`` frames of a video; runs in a thread, because decoding takes its time."""
         frames = [
-            self._preparation.tiles(Image.fromarray(video[index]), most, is_image=False)
+            self._preparation.tiles(_picture(video[index]), most, is_image=False)
             for index in self._preparation.indices(len(video), count)
         ]
         return _Video(torch.cat(frames), tuple(len(tiles) for tiles in frames))
@@ -262,6 +262,11 @@ def opening_tokens(tokenizer: Any, before: Sequence[int], label: str) -> int:
         if text.endswith(label):
             return count if text == label else count - 1
     raise ValueError(f"prompt: expected {label!r} before the first frame of a video, got none")
+
+
+def _picture(frame: Any) -> Image.Image:
+    """A decoded frame, ``[height, width, 3]`` uint8; a tensor where SGLang decodes on the GPU."""
+    return Image.fromarray(frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame)
 
 
 def _tile_dtype(hf_config: Any) -> torch.dtype:

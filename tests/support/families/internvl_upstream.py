@@ -1,7 +1,7 @@
-"""SGLang's own vision tower and projector of InternVL, in a process of its own and no server.
+"""SGLang's own processor and vision tower of InternVL, without a server.
 
-``python -m support.families.internvl_upstream MODEL TILES OUT``: TILES and OUT are files of
-``torch.save``.
+The tower runs in a process of its own, ``python -m support.families.internvl_upstream MODEL TILES
+OUT``; TILES and OUT are files of ``torch.save``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,47 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from pevlm_sglang.processors.internvl_frames import Published, tile_layout
+from support.processor import Processor, sglang_processor
 from support.server import DEFAULT_ENV
+
+
+@contextmanager
+def processor(
+    model: Path, *, upstream: bool = False, pixels: bool = True, **options: Any
+) -> Iterator[Processor]:
+    """PEVLM's processor, or SGLang's own.
+
+    Args:
+        pixels: whether they matter; tiles are empty otherwise, since 300 frames are 700 MB.
+    """
+    from sglang.srt.configs.internvl import InternVLChatConfig
+    from sglang.srt.multimodal.processors import internvl as upstream_module
+    from transformers import AutoTokenizer
+
+    from pevlm_sglang.processors import internvl as module
+
+    def empty(self: Any, picture: Any, most: int, *, is_image: bool) -> torch.Tensor:
+        columns, rows = tile_layout(picture.width, picture.height, 448, most)
+        return torch.zeros(columns * rows + (columns * rows > 1), 3, 1, 1)
+
+    config = InternVLChatConfig.from_pretrained(model)
+    kind = upstream_module.InternVLProcessor if upstream else module.PevlmInternVLProcessor
+    with (
+        mock.patch.object(module, "get_device", return_value="cpu"),
+        mock.patch.object(upstream_module, "get_device", return_value="cpu"),
+        mock.patch.object(Published, "tiles", Published.tiles if pixels else empty),
+        sglang_processor(kind, config, AutoTokenizer.from_pretrained(model), **options) as found,
+    ):
+        yield found
 
 
 def run(model: Path, tiles: torch.Tensor) -> list[torch.Tensor]:
