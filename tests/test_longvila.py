@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pevlm_sglang.families import longvila
-from pevlm_sglang.families.longvila import VideoKnobs
+from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from support.families.longvila import (
     IMAGE,
@@ -208,7 +208,7 @@ def test_knobs_of_the_server_and_of_a_request(directory: Path, clip: Callable[..
 )
 def test_bad_knobs_of_the_server(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VideoKnobs.of(values, 256)
+        FrameKnobs.of(values, default=256)
 
 
 @pytest.mark.parametrize(

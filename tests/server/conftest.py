@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import llava_video_tiny, longvila, qwen3_vl
+from support.families import internvl_model, llava_video_tiny, longvila, qwen3_vl
+from support.families.internvl import InternVLOracle
 from support.families.llava_video import NUM_FRAMES, LlavaVideoOracle
 from support.families.qwen3_vl import Qwen3VLOracle
 from support.families.qwen_vl import QwenVLOracle
@@ -26,6 +27,7 @@ from support.video import write_video
 
 CLIP_SIZE = (112, 84)  # pixels: 12 tokens a step, with the flag below
 FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+TWELVE_FRAMES = ("--mm-process-config", '{"video": {"num_frames": 12, "max_frames": 40}}')
 
 # Every video is too large for SGLang's own cache, so that SGLang alone would encode it every chunk.
 NO_EMBEDDING_CACHE = {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
@@ -55,6 +57,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl_moe": partial(qwen3_vl.make_tiny_model, moe=True),
     "llava_video": llava_video_tiny.make_tiny_model,
     "longvila": longvila.make_tiny_model,
+    "internvl": internvl_model.make_tiny_model,
+    "internvl_moe": partial(internvl_model.make_tiny_model, moe=True),
 }
 """Architecture → writes a tiny model into a directory."""
 
@@ -117,6 +121,18 @@ DEPLOYMENTS = {
     ),
     "qwen3_vl_moe": Deployment(
         ("--chunked-prefill-size", "257"), architecture="qwen3_vl_moe", oracle=Qwen3VLOracle
+    ),
+    "internvl": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="internvl",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
+    ),
+    "internvl_moe": Deployment(
+        ("--chunked-prefill-size", "257"),
+        architecture="internvl_moe",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
     ),
 }
 

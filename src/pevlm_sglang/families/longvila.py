@@ -7,10 +7,7 @@ Source: :mod:`pevlm_sglang.processors.longvila`, and there the reference.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.frames import FrameSpanError, Prompt, item_ranges
@@ -68,54 +65,3 @@ def _frame_text(item: Any, name: str) -> list[int]:
     if text is None:
         raise FrameSpanError(f"{item.modality.name.lower()} item: expected {name}, got none")
     return [int(token) for token in text]
-
-
-@dataclass(frozen=True)
-class VideoKnobs:
-    """The keys of ``--mm-process-config '{"video": {...}}'`` that take effect.
-
-    Attributes:
-        num_frames: frames sampled from any video, evenly from its first to its last; frames repeat
-            where it has fewer, as in the reference.
-        fps: frames sampled from a second of video, in place of that; where they are more than
-            ``num_frames``, these are sampled evenly.
-        max_frames: most frames that a request may ask for.
-
-    Raises:
-        ValueError: a value of the wrong type, or not positive, or more frames than the most.
-    """
-
-    num_frames: int
-    fps: float | None = None
-    max_frames: int = 768
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "fps" and value is None:
-                continue
-            kind: Any = (int, float) if name == "fps" else int
-            ok = isinstance(value, kind) and not isinstance(value, bool)
-            if not ok or not 0 < value < math.inf:
-                expected = "a number" if name == "fps" else "a whole number"
-                raise ValueError(f"{name}: expected {expected} of more than 0, got {value!r}")
-        if self.num_frames > self.max_frames:
-            raise ValueError(
-                f"num_frames: expected at most max_frames ({self.max_frames}), "
-                f"got {self.num_frames}"
-            )
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], published: int) -> VideoKnobs:
-        """The knobs in the ``video`` section of the server's flag.
-
-        Args:
-            values: of the section.
-            published: ``num_video_frames`` of the checkpoint.
-
-        Raises:
-            ValueError: a name that is not one of a knob, or a bad value.
-        """
-        names = [knob.name for knob in dataclasses.fields(cls)]
-        if unknown := [name for name in values if name not in names]:
-            raise ValueError(f"video knob {unknown[0]}: expected one of {', '.join(names)}")
-        return cls(**{"num_frames": published, **values})

@@ -19,6 +19,7 @@ _PROCESSORS: dict[str, str] = {
     "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN_VL,
+    "InternVLChatModel": "pevlm_sglang.processors.internvl:PevlmInternVLProcessor",
     "LlavaQwenForCausalLM": "pevlm_sglang.processors.llava_video:LlavaVideoProcessor",
     "LlavaLlamaModel": "pevlm_sglang.processors.longvila:LongVilaProcessor",
 }

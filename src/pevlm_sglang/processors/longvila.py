@@ -28,7 +28,7 @@ from sglang.srt.multimodal.processors.base_processor import (
 )
 
 from pevlm_sglang.checkpoints.vila import IMAGE_TOKEN, VIDEO_TOKEN
-from pevlm_sglang.families.longvila import VideoKnobs
+from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.processors.sampling import Sampling, split
 
 DECODED_AT_ONCE = 32  # frames of full size in memory
@@ -56,7 +56,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
             video_token=VIDEO_TOKEN,
             video_token_id=self._ids[Modality.VIDEO],
         ).build(processor)
-        self._knobs = VideoKnobs.of(self.video_config, hf_config.num_video_frames)
+        self._knobs = FrameKnobs.of(self.video_config, default=hf_config.num_video_frames)
 
     @classmethod
     def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         Raises:
             ValueError: an unknown name, or a bad value.
         """
-        VideoKnobs.of(video_config, hf_config.num_video_frames)
+        FrameKnobs.of(video_config, default=hf_config.num_video_frames)
 
     async def process_mm_data_async(
         self,
@@ -82,7 +82,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         """
         sources, wishes = split(request_obj.video_data)
         for wish in wishes:
-            wish.check({"fps": float("inf"), "max_frames": self._knobs.max_frames})
+            wish.check(self._knobs.limits())
         images = list(image_data or ())
         if any(self._is_preprocessed_input(item) for item in (*images, *sources)):
             raise ValueError("image, video: expected a file, URL or bytes, got processed features")

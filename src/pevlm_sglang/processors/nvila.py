@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES, NVILAMultimodalProcessor
 
-from pevlm_sglang.families.longvila import VideoKnobs
+from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.processors.longvila import frame_indices
 from pevlm_sglang.processors.sampling import Sampling, split
 
@@ -27,7 +27,7 @@ class NvilaProcessor(NVILAMultimodalProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._knobs = VideoKnobs.of(self.video_config, NUM_VIDEO_FRAMES)
+        self._knobs = FrameKnobs.of(self.video_config, default=NUM_VIDEO_FRAMES)
 
     @classmethod
     def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class NvilaProcessor(NVILAMultimodalProcessor):
         Raises:
             ValueError: an unknown name, or a bad value.
         """
-        VideoKnobs.of(video_config, NUM_VIDEO_FRAMES)
+        FrameKnobs.of(video_config, default=NUM_VIDEO_FRAMES)
 
     async def process_mm_data_async(
         self,
@@ -53,7 +53,7 @@ class NvilaProcessor(NVILAMultimodalProcessor):
         """
         sources, wishes = split(request_obj.video_data)
         for wish in wishes:
-            wish.check({"fps": float("inf"), "max_frames": self._knobs.max_frames})
+            wish.check(self._knobs.limits())
         media = await self.load_mm_data(
             prompt=input_text,
             multimodal_tokens=self.mm_tokens,
