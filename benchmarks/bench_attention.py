@@ -8,8 +8,9 @@ Method. q, k and v are normal random numbers with the heads of a released model;
 system prompt, a video of 256 tokens a frame and a question of 64 tokens (benchmarks/workload.py).
 Three sweeps: over lengths, over models at 100k tokens, and the paper's, over sink and block sizes
 at 100k tokens. In each cell all peers run one after the other on the same tensors; a time is the
-median of calls within a second (on a GPU between CUDA events), after one that is not counted. Plans
-are built in that first call, as a model builds them for its first layer.
+median of the calls within a second (a quarter of one in the last two sweeps), on a GPU between CUDA
+events, after one that is not counted; where a call takes seconds, it is the time of one. Plans are
+built in that first call, as a model builds them for its first layer.
 
 - A gate comes first: rows of every output, at the same length, against the definition in fp64. An
   error above twice that of plain PyTorch has no time in the table, and the program ends with 1.
@@ -48,7 +49,8 @@ AT = 100_000
 LENGTHS = (8_192, 16_384, 32_768, 65_536, 100_000, 262_144, 524_288, 1_048_576)
 SINKS, BLOCKS = (0, 1, 2, 4, 8, 16), (2, 4, 8, 12, 16, 24)
 ONE_DENSE_FROM = 200_000  # from here on, full attention is the peer that was fastest before
-SLOW_PEERS = {"flex attention", "sglang triton", "pevlm sdpa"}  # compiled, or far behind
+SLOW_PEERS = {"sglang triton", "pevlm sdpa"}  # known to be far behind; in the sweep of lengths only
+FLEX_AT = (32_768, AT)  # compiled anew for each length
 LINEAR_FROM = 50_000
 CPU_LENGTHS, CPU_TOKENS_PER_FRAME = (1_024, 2_048, 4_096, 8_192, 16_384), 16
 
@@ -113,8 +115,11 @@ class Bench:
         if self.best_dense and (cell.length >= ONE_DENSE_FROM or cell.sweep == "paper"):
             dense = {self.best_dense: dense[self.best_dense]}
         sparse = sparse_peers(self.device)
-        if cell.sweep != "length" or cell.length > AT:
+        full_field = cell.sweep == "length" and cell.length <= AT
+        if not full_field and self.device.type == "cuda":
             sparse = {name: peer for name, peer in sparse.items() if name not in SLOW_PEERS}
+        if not full_field or cell.length not in FLEX_AT:
+            sparse.pop("flex attention", None)
         times = self.measure(cell, shape, prompt.full(), dense, qkv)
         if not times:
             self.left_out[str(tuple(cell))] = "no full attention to compare with"
@@ -141,7 +146,8 @@ class Bench:
                 continue
             try:
                 ratio = worst_ratio(peer(*qkv, prompt), *qkv, prompt)
-                taken = seconds(partial(peer, *qkv, prompt), self.device)
+                limit_s = 1.0 if cell.sweep == "length" else 0.25
+                taken = seconds(partial(peer, *qkv, prompt), self.device, limit_s=limit_s)
             # A peer that fails must not cost the figures of the others.
             except (RuntimeError, ValueError, ImportError, AssertionError, TypeError) as error:
                 self.left_out[f"{name} {tuple(cell)}"] = f"{type(error).__name__}: {error}"[:300]
