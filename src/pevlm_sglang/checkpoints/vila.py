@@ -20,6 +20,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from pevlm_sglang.families.longvila import DEFAULT_NUM_FRAMES, DOWNSAMPLE
+
 MODEL_TYPE = "llava_llama"
 ARCHITECTURE = "LlavaLlamaModel"
 IMAGE_TOKEN = "<image>"
@@ -27,15 +29,6 @@ VIDEO_TOKEN = "<vila/video>"
 
 _LLM, _TOWER, _PROJECTOR = "llm", "vision_tower", "mm_projector"
 WEIGHT_FILES = "[lvm][lim]*/*.safetensors"  # of these three directories
-_PUBLISHED_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
-
-DOWNSAMPLE = {
-    "mlp_downsample": 2,
-    "mlp_downsample_fix": 2,  # the name in longvila/train/5_long_sft_256frames.sh
-    "mlp_downsample_2x2_fix": 2,
-    "mlp_downsample_3x3_fix": 3,
-}
-"""Projector type → patches a side that become one token."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class VilaConfig(PretrainedConfig):
             self.text_config = _as_config(text_config)
             self.vision_config = _as_config(vision_config)
         self.mm_projector_type = mm_projector_type
-        self.num_video_frames = num_video_frames or _PUBLISHED_FRAMES
+        self.num_video_frames = num_video_frames or DEFAULT_NUM_FRAMES
         super().__init__(**kwargs)
 
     @classmethod

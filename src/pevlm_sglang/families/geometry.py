@@ -157,6 +157,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _modules() -> tuple[Any, ...]:
-    from pevlm_sglang.families import llava_geometry, qwen_geometry
+    from pevlm_sglang.families import frame_geometry, llava_geometry, qwen_geometry
 
-    return (qwen_geometry, llava_geometry)
+    return (qwen_geometry, frame_geometry, llava_geometry)

@@ -15,8 +15,20 @@ from pevlm_sglang.layout import FrameSpans, Range
 
 ARCHITECTURES: tuple[str, ...] = ("LlavaLlamaModel",)
 
-CHAT_TEMPLATE_TOKENS = (14, 5)
-"""Tokens of Qwen2's chat template around the user's text, its default system prompt among them."""
+DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
+
+DOWNSAMPLE = {
+    "mlp_downsample": 2,
+    "mlp_downsample_fix": 2,  # the name in longvila/train/5_long_sft_256frames.sh
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+}
+"""Projector type → patches a side that become one token."""
+
+
+def frames_at_rate(total: int, video_fps: float, fps: float, most: int) -> int:
+    """How many frames of a video are sampled at a rate: two at least, and no more than it has."""
+    return min(max(int(total / video_fps * fps), 2), most, total)
 
 
 def frames_per_step(hf_config: Any) -> int:

@@ -29,6 +29,7 @@ from sglang.srt.multimodal.processors.base_processor import (
 
 from pevlm_sglang.checkpoints.vila import IMAGE_TOKEN, VIDEO_TOKEN
 from pevlm_sglang.families.frame_knobs import FrameKnobs
+from pevlm_sglang.families.longvila import frames_at_rate
 from pevlm_sglang.processors.sampling import Sampling, split
 
 DECODED_AT_ONCE = 32  # frames of full size in memory
@@ -221,8 +222,7 @@ def frame_indices(total: int, video_fps: float, *, most: int, fps: float | None)
     """
     if fps is None:
         return np.round(np.linspace(0, total - 1, most)).astype(int)
-    wanted = int(total / video_fps * fps)
-    return np.linspace(0, total - 1, min(max(wanted, 2), most, total), dtype=int)
+    return np.linspace(0, total - 1, frames_at_rate(total, video_fps, fps, most), dtype=int)
 
 
 def _tile_grid(image: tuple[int, int], size: int, least: int, most: int) -> tuple[int, int]:
