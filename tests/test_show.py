@@ -109,11 +109,12 @@ def test_notes(capsys: pytest.CaptureFixture[str], command: str, note: str) -> N
 
 
 def test_switched_off_is_full_attention(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "off.yaml").write_text("enabled: false")
+    (tmp_path / "off.yaml").write_text("enabled: false\nvision_fixes: false")
     text = show(capsys, f"{tmp_path / 'off.yaml'} --frames 64")
     assert "attention speed-up 1.00x" in text
     assert "note: PEVLM is switched off" in text
     assert "--pevlm-enabled false" in text
+    assert "note: vision_fixes is off: SGLang's own resize may give other" in text
 
 
 def test_flags_give_the_same_prompt_again(capsys: pytest.CaptureFixture[str]) -> None:

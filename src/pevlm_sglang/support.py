@@ -81,7 +81,7 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
     if config.vision_fixes and resolved.tokenizer_worker_num > 1:
         raise UnsupportedError(
             f"--tokenizer-worker-num: expected 1, got {resolved.tokenizer_worker_num}; plugins are "
-            "not loaded in its worker processes, where the frame rate of videos is corrected. "
+            "not loaded in its worker processes, where videos are sampled and resized. "
             "Leave it out, or serve with --pevlm-vision-fixes false"
         )
     triton = "triton" in (resolved.prefill_attention_backend or resolved.attention_backend or "")
