@@ -93,6 +93,15 @@ def test_model_without_frames_is_refused(model: Callable[[str], Path], tmp_path:
     assert "Load weight" not in written
 
 
+def test_unknown_video_setting_is_refused(model: Callable[[str], Path]) -> None:
+    """SGLang itself would ignore it, for a model that samples a fixed number of frames."""
+    flags = ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"fps": 2}}')
+    written = _refusal(model("internvl"), *flags)
+    reason = "video fps: expected one of num_frames, max_frames for this model"
+    assert f"PEVLM: --mm-process-config: {reason}" in written
+    assert "Load weight" not in written
+
+
 def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
     """Where SGLang lacks a function that PEVLM hooks, its name is not on offer."""
     code = (
