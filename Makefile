@@ -1,13 +1,14 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make test   format, lint, types and tests
-# Both install what they need first, into .venv. PYTHON=... names another interpreter than python3;
+# make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
+# All install what they need first, into .venv. PYTHON=... names another interpreter than python3;
 # ARGS=... goes to pytest or to the demo.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install test lint demo clean
+.PHONY: install test lint demo bench clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,9 @@ test: lint
 
 demo: install
 	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+bench: install
+	benchmarks/all.sh $(ARGS)
 
 # .venv stays: it takes minutes to build.
 clean:

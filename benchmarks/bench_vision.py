@@ -7,7 +7,7 @@ own vision path (``--pevlm-vision-fixes false``), one with PEVLM's. The language
 PEVLM on both, in chunks, so that nothing but the vision path differs. For each video: runs of the
 vision tower and their time on the device, as the server counts them, and the time to first token (a
 request for one token, from sending it to its answer; decoding and processor are in it). The
-smallest of the repeats is reported, the least disturbed by others on the machine.
+smallest of the repeats is reported for each figure, the least disturbed by others on the machine.
 
 Where there is a CUDA GPU, the model has the dimensions of Qwen2.5-VL-7B with random weights, and
 SGLang its default cache of 100 MB for embeddings. Elsewhere (``--device cpu``) it is a small
@@ -33,16 +33,16 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import card, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # `benchmarks` and `support` live there
+sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
 
-from benchmarks.demo import card  # noqa: E402  # needs the line above
 from support.exchange import BATCH_ENV, SHARP, TOLERANCE, Exchange, about  # noqa: E402
 from support.families.qwen_vl import QwenVLOracle  # noqa: E402
 from support.oracle import Setting  # noqa: E402
@@ -181,7 +181,11 @@ def measure(server: Server, clips: dict[int, Path], repeats: int) -> list[Figure
         runs = [ask(server, clip, frames=frames) for _ in range(repeats)]
         if len({run.runs for run in runs}) != 1:
             sys.exit(f"bench_vision: runs of the tower differ between repeats: {runs}")
-        best = min(runs, key=lambda run: run.ttft_s)
+        best = replace(
+            runs[0],
+            vision_s=min(run.vision_s for run in runs),
+            ttft_s=min(run.ttft_s for run in runs),
+        )
         print(f"  {frames} frames: {best.runs} runs, {best.vision_s:.2f} s", flush=True)
         figures.append(best)
     return figures
@@ -206,8 +210,8 @@ def ask(server: Server, clip: Path, *, frames: int) -> Figures:
         frames=frames,
         prompt_tokens=answer["meta_info"]["prompt_tokens"],
         runs=after["vision_runs"] - before["vision_runs"],
-        vision_s=after["vision_seconds"] - before["vision_seconds"],
-        ttft_s=ttft,
+        vision_s=round(after["vision_seconds"] - before["vision_seconds"], 4),
+        ttft_s=round(ttft, 4),
     )
 
 
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("--device", choices=SIZES, help="default: cuda where there is one, or cpu")
     parser.add_argument("--seconds", type=int, nargs="+", help="lengths of the videos")
     parser.add_argument("--chunk", type=int, help="chunked prefill size (cpu: 512, cuda: 8192)")
-    parser.add_argument("--repeats", type=int, default=2, help="of each (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument(
         "--work-dir", type=Path, default=WORK_DIR, help="for models, videos and logs"
@@ -267,10 +271,8 @@ def main() -> None:
     sizes = SIZES[device]
     chunk: int = options.chunk or sizes.chunk
 
-    header = card()
-    if device == "cuda":
-        header += f"\n{torch.cuda.get_device_name()}"
-    print(header, flush=True)
+    header = card(torch.device(device))
+    print(summary(header), flush=True)
     small = make_tiny_model(work / "small", **SMALL_MODEL)
     clips = {
         seconds: write_video(work / f"{seconds}s.mp4", seconds=seconds, fps=FPS, size=sizes.frame)

@@ -51,17 +51,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import openai
+import torch
+from machine import card, summary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # `support` lives there
 
@@ -195,25 +194,6 @@ def logprob_difference(pevlm: Answer, full: Answer) -> float:
     return max(abs(full.logprobs[token] - pevlm.logprobs[token]) for token in likeliest)
 
 
-def card() -> str:
-    """Versions and machine, with its load before the demo: what others run blurs every time."""
-    names = ("pevlm-sglang", "sglang", "torch")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    return (
-        f"{versions}, Python {platform.python_version()}\n"
-        f"{cpu_name()}, {cores} cores, load {load:.1f}"
-    )
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def num_blocks(server: Server) -> int:
     """Context blocks of the video, by the server's own configuration."""
     config = server.info()["pevlm"]
@@ -268,7 +248,7 @@ def main() -> None:
         parser.error(f"--repeats: expected >= 1, got {options.repeats}")
     work: Path = options.work_dir
 
-    print(card(), flush=True)
+    print(summary(card(torch.device("cpu"))), flush=True)
     model = make_tiny_model(work / "model", **MODEL)
     model_config = json.loads((model / "config.json").read_text())
     vocabulary = int(model_config["text_config"]["vocab_size"])

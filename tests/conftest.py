@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # No deadline: a first example that compiles or a busy machine is no failure. Every run draws new
@@ -12,3 +14,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))

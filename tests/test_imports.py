@@ -16,7 +16,9 @@ from pevlm_sglang import plan
 
 GPU_LIBRARIES = ("triton", "flash_attn", "flash_attn_interface", "flashinfer", "sgl_kernel")
 KERNEL_MODULES = sorted(
-    f"pevlm_kernels.{module.name}" for module in pkgutil.iter_modules(pevlm_kernels.__path__)
+    f"pevlm_kernels.{module.name}"
+    for module in pkgutil.iter_modules(pevlm_kernels.__path__)
+    if not module.name.startswith("triton_")  # a Triton kernel stands below `import triton`
 )
 
 CODE = """

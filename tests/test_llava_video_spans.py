@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pevlm_sglang import processors
 from pevlm_sglang.families import llava_video
-from pevlm_sglang.families.llava_geometry import PUBLISHED, TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.llava_geometry import PUBLISHED, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video import FRAMES
 from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from pevlm_sglang.layout import FrameSpans
@@ -195,7 +195,7 @@ def test_sampling_by_the_second() -> None:
 )
 def test_bad_knobs(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VideoKnobs.of(values)
+        PUBLISHED["llava_video"].knobs(values)
     pytest.importorskip("sglang")
     with pytest.raises(UnsupportedError, match=f"^--mm-process-config: {message}"):
         processors.check_launch(config(), values)

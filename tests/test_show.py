@@ -224,7 +224,7 @@ def test_flags_take_precedence_over_the_preset(
         ("--frames 800", "SGLang would sample 768"),
         ("--frames -2", "sampled: expected more than 0"),
         ("--duration inf", "duration: expected more than 0"),
-        ("--duration 0.03", "sampled frames: expected at least 2, got 0"),
+        ("--duration 0.03", "sampled frames: expected nframes of at least 2, got 0"),
         ("--duration 2 --mm-process-config '{\"video\": {\"nframes\": 90}}'", "has only 60"),
         ("--duration 2 --video-fps 0", "video_fps: expected more than 0"),
         ("--frames 8 --fps 0", "fps: expected more than 0"),
@@ -232,7 +232,9 @@ def test_flags_take_precedence_over_the_preset(
         ("--frames 8 --size 0x9", "at least 1 pixel"),
         ("--frames 8 --size 9000x40", "ratio of at most 200"),
         ("--frames 8 --size 4000x21 --mm-process-config '{\"video\": {\"max_pixels\": 9000}}'",
-         "too narrow"),
+         "max_pixels: expected at least min_pixels, 100352 here, got 9000"),
+        ("--frames 8 --size 4000x21 --mm-process-config "
+         "'{\"video\": {\"min_pixels\": 9000, \"max_pixels\": 9000}}'", "too narrow"),
         ("--frames 8 --mm-process-config 3", "expected '{\"video\": {...}}'"),
         ("--frames 8 --mm-process-config '{\"video\": {\"frames\": 8}}'",
          "video knob frames: expected one of fps, nframes"),
@@ -271,7 +273,7 @@ def test_a_mistake_is_one_line(
     ("changes", "files", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, {}, "Qwen2VLForConditionalGeneration, Qwen2_5"),
-        ({"model_type": "qwen9"}, {}, "model_type qwen9: expected one of qwen2_vl, qwen2_5_vl"),
+        ({"model_type": "qwen9"}, {}, "model_type qwen9: expected one of qwen2_5_vl, qwen2_vl"),
         ({"vision_config": {"temporal_patch_size": 3}}, {}, "temporal_patch_size: config.json"),
         ({}, {"config.json": "{"}, "not valid JSON"),
         ({}, {"config.json": "[]"}, "expected a JSON object, got list"),

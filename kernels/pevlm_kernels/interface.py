@@ -1,20 +1,13 @@
-"""The door to the kernels: check what came in, then dispatch."""
+"""The door to the kernels: check what came in, choose, dispatch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from pevlm_kernels import reference, sdpa
+from pevlm_kernels.choice import IMPLEMENTATIONS, chosen_implementation, module_of, require
 from pevlm_kernels.types import PrefillPlan
-
-Implementation = Callable[..., torch.Tensor]
-
-_IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": reference.prefill,
-    "sdpa": sdpa.prefill,
-}
 
 
 def pevlm_prefill(
@@ -24,30 +17,48 @@ def pevlm_prefill(
     plan: PrefillPlan,
     *,
     softmax_scale: float | None = None,
-    impl: str = "sdpa",
-) -> torch.Tensor:
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> Any:
     """Attention of one layer over the virtual sequences of a plan.
 
     Args:
         q: ``[total_q, num_q_heads, head_dim]``, floating point.
         k_cache: ``[num_slots, num_kv_heads, head_dim]``, floating point on q's device; keys and
-            values of another dtype than q's are converted as they are gathered.
+            values of another dtype than q's, fp8 for instance, are converted as they are read.
         v_cache: ``[num_slots, num_kv_heads, head_dim_v]``, likewise.
         plan: of this forward.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` if None.
-        impl: ``sdpa`` or ``reference``.
+        k_scale, v_scale: what the stored keys and values have to be multiplied by (fp8).
+        impl: one of ``IMPLEMENTATIONS``, or ``auto``: see :func:`chosen_implementation`.
+        return_lse: whether to return the log-sum-exp too.
 
     Returns:
-        ``[total_q, num_q_heads, head_dim_v]`` in q's dtype.
+        ``[total_q, num_q_heads, head_dim_v]`` in q's dtype; with ``return_lse`` also
+        ``[num_q_heads, total_q]``, the natural log-sum-exp of the scaled scores, at least fp32.
 
     Raises:
-        ValueError: an unknown impl, or tensors that do not fit each other or the plan.
+        ValueError: an unknown impl, or tensors that do not fit each other, the plan or the impl.
+        ModuleNotFoundError: the impl's library is missing; says how to install it.
     """
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(_IMPLEMENTATIONS)}, got {impl!r}")
+    if impl not in (*IMPLEMENTATIONS, "auto"):
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"impl: expected one of {known}, got {impl!r}")
     _check(q, k_cache, v_cache, plan)
+    if impl == "auto":
+        impl = chosen_implementation(q, k_cache, v_cache)
+    else:
+        require(impl, q, k_cache, v_cache)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _IMPLEMENTATIONS[impl](q, k_cache, v_cache, plan, softmax_scale=scale)
+    if not plan.num_seqs:
+        out, lse = q.new_empty(0, q.shape[1], v_cache.shape[2]), q.new_empty(q.shape[1], 0)
+        return (out, lse.float()) if return_lse else out
+    out, lse = module_of(impl).prefill(
+        q, k_cache, v_cache, plan, softmax_scale=scale * k_scale, v_scale=v_scale
+    )
+    return (out, lse) if return_lse else out
 
 
 def _check(

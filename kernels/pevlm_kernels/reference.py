@@ -15,6 +15,19 @@ def masked_attention(
     *,
     softmax_scale: float,
 ) -> torch.Tensor:
+    """The output alone of :func:`masked_attention_lse`."""
+    return masked_attention_lse(q, k, v, mask, softmax_scale=softmax_scale)[0]
+
+
+def masked_attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    softmax_scale: float,
+    v_scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention (paper equation (1)) under a mask, in fp64 for fp64 input, else in fp32.
 
     Args:
@@ -22,17 +35,26 @@ def masked_attention(
         k: ``[m, num_kv_heads, head_dim]``
         v: ``[m, num_kv_heads, head_dim_v]``
         mask: ``[n, m]`` bool, true where a query attends to a key; no row may be all false.
+        softmax_scale: factor on the scores.
+        v_scale: factor on the values.
 
     Returns:
-        ``[n, num_q_heads, head_dim_v]`` in q's dtype.
+        ``[n, num_q_heads, head_dim_v]`` in q's dtype, and the log-sum-exp of the scores,
+        ``[num_q_heads, n]`` in the dtype of the computation.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     keys = k.to(dtype).repeat_interleave(group, dim=1)
-    values = v.to(dtype).repeat_interleave(group, dim=1)
+    values = (v.to(dtype) * v_scale).repeat_interleave(group, dim=1)
     scores = torch.einsum("nhd,mhd->hnm", q.to(dtype), keys) * softmax_scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    out = torch.einsum("hnm,mhd->nhd", scores.softmax(dim=-1), values)
+    return out.to(q.dtype), scores.logsumexp(dim=-1)
+
+
+def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """None: the definition takes everything."""
+    return None
 
 
 def prefill(
@@ -42,22 +64,24 @@ def prefill(
     plan: PrefillPlan,
     *,
     softmax_scale: float,
-) -> torch.Tensor:
+    v_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`pevlm_kernels.interface.pevlm_prefill`. One dense mask a virtual sequence."""
-    parts = []
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     q_start = k_start = 0
     for n, m in zip(plan.seqlens_q, plan.seqlens_k, strict=True):
+        rows = slice(q_start, q_start + n)
         slots = plan.kv_indices[k_start : k_start + m]
-        rows = torch.arange(m - n, m, device=q.device)
-        mask = torch.arange(m, device=q.device) <= rows[:, None]
-        parts.append(
-            masked_attention(
-                q[q_start : q_start + n],
-                k_cache[slots],
-                v_cache[slots],
-                mask,
-                softmax_scale=softmax_scale,
-            )
+        last = torch.arange(m - n, m, device=q.device)
+        out[rows], lse[:, rows] = masked_attention_lse(
+            q[rows],
+            k_cache[slots],
+            v_cache[slots],
+            torch.arange(m, device=q.device) <= last[:, None],
+            softmax_scale=softmax_scale,
+            v_scale=v_scale,
         )
         q_start, k_start = q_start + n, k_start + m
-    return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], v_cache.shape[2])
+    return out, lse

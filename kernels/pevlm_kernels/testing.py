@@ -37,6 +37,23 @@ class Call:
     mask: torch.Tensor
     softmax_scale: float
 
+    def to(self, device: str | torch.device) -> Call:
+        """The same call on another device."""
+        plan = self.plan
+        moved = {
+            name: getattr(plan, name).to(device)
+            for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_indices", "seams")
+            if getattr(plan, name) is not None
+        }
+        return dataclasses.replace(
+            self,
+            q=self.q.to(device),
+            k_cache=self.k_cache.to(device),
+            v_cache=self.v_cache.to(device),
+            plan=dataclasses.replace(plan, **moved),
+            mask=self.mask.to(device),
+        )
+
     def poisoned(self) -> Call:
         """With NaN in every slot that no query may read."""
         unread = ~self.mask.any(dim=0)[:, None, None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +22,10 @@ class PrefillPlan:
         kv_indices: ``[total_k]`` int64 on the device, slots of the key and value cache.
         seqlens_q: ``num_seqs`` query counts, on the host.
         seqlens_k: ``num_seqs`` key counts, on the host.
+        seams: None, or ``[num_seqs, 2]`` int32 on the device, (seam, shift): key j lies in row j of
+            the cache below the seam, and in row j + shift from it on. The same as ``kv_indices``,
+            for a kernel that would rather count than read a list.
+        memo: what implementations derived from the plan, for the layers that follow.
 
     Raises:
         ValueError: from the constructor, when the parts do not fit together.
@@ -31,6 +36,8 @@ class PrefillPlan:
     kv_indices: torch.Tensor
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
+    seams: torch.Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.seqlens_q) != len(self.seqlens_k):
@@ -49,6 +56,14 @@ class PrefillPlan:
                     f"PrefillPlan.{name}: expected shape ({length},) and {dtype}, "
                     f"got {tuple(tensor.shape)} and {tensor.dtype}"
                 )
+        seams = self.seams
+        if seams is not None and (
+            seams.shape != (len(self.seqlens_q), 2) or seams.dtype != torch.int32
+        ):
+            raise ValueError(
+                f"PrefillPlan.seams: expected shape ({len(self.seqlens_q)}, 2) and torch.int32, "
+                f"got {tuple(seams.shape)} and {seams.dtype}"
+            )
         for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True):
             if not 0 < q <= k:
                 raise ValueError(
@@ -71,3 +86,24 @@ class PrefillPlan:
     @property
     def max_seqlen_k(self) -> int:
         return max(self.seqlens_k, default=0)
+
+    def tiles(self, block_m: int) -> torch.Tensor:
+        """The programs of a kernel that computes ``block_m`` queries in each, those with the most
+        keys first. Built once a forward, for its first layer.
+
+        Returns:
+            ``[num_tiles, 2]`` int32 on the device: virtual sequence, and the tile's first query in
+            it.
+        """
+        if ("tiles", block_m) not in self.memo:
+            n = torch.tensor(self.seqlens_q, dtype=torch.int64)
+            m = torch.tensor(self.seqlens_k, dtype=torch.int64)
+            count = (n + block_m - 1) // block_m
+            seq = torch.repeat_interleave(count)
+            first = (torch.arange(len(seq)) - (count.cumsum(0) - count)[seq]) * block_m
+            keys = (m - n)[seq] + torch.minimum(first + block_m, n[seq])
+            order = keys.argsort(descending=True, stable=True)
+            tiles = torch.stack([seq, first], dim=1)[order].to(torch.int32)
+            self.memo["tiles", block_m] = tiles.to(self.cu_seqlens_q.device)
+        found: torch.Tensor = self.memo["tiles", block_m]
+        return found

@@ -137,6 +137,6 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
 
 
 def _families() -> tuple[Family, ...]:
-    from pevlm_sglang.families import llava_video, qwen_vl
+    from pevlm_sglang.families import internvl, llava_video, longvila, qwen3_vl, qwen_vl
 
-    return (qwen_vl, llava_video)
+    return (qwen_vl, qwen3_vl, internvl, llava_video, longvila)

@@ -18,6 +18,7 @@ from pevlm_sglang import (
     arguments,
     corrections,
     embeddings,
+    external,
     processors,
     requests,
     support,
@@ -46,7 +47,7 @@ _HOOKS = {
     ".build_attention_backends": "_after_build_attention_backends",
     "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": "_after_get_mm_processor_cls",
     "sglang.srt.utils.hf_transformers.processor.get_processor": "_around_get_processor",
-    "sglang.srt.model_loader.utils.get_model_architecture": "_after_get_model_architecture",
+    "sglang.srt.model_loader.utils.get_model_architecture": "_around_get_model_architecture",
     "sglang.srt.managers.schedule_batch.Req.__init__": "_after_req_init",
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
@@ -107,6 +108,7 @@ def register() -> None:
     for target, name in _HOOKS.items():
         kind = HookType[name.split("_")[1].upper()]
         HookRegistry.register(target, globals()[name], kind)
+    external.register_checkpoints()
     Engine.server_args_class = staticmethod(_engine_server_args)
     register_attention_backend(arguments.NAME)(_refuse_unresolved_name)
     add_attention_backend_choices([arguments.NAME])
@@ -209,9 +211,10 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
-    if _Process.config is None or not _in_our_hands(hf_config):
-        return processor
-    return processors.for_architectures(processor, hf_config.architectures or ())
+    with_pevlm = _Process.config is not None and _in_our_hands(hf_config)
+    return processors.for_architectures(
+        processor, hf_config.architectures or (), with_pevlm=with_pevlm
+    )
 
 
 def _in_our_hands(hf_config: Any) -> bool:
@@ -227,10 +230,12 @@ def _around_get_processor(get_processor: Any, *args: Any, **kwargs: Any) -> Any:
     return load_processor(get_processor, *args, **kwargs)
 
 
-def _after_get_model_architecture(result: tuple[type, str], _config: Any) -> tuple[type, str]:
-    if _Process.config is None or not _Process.config.vision_fixes:
-        return result
-    return corrections.for_architecture(*result), result[1]
+def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> tuple[type, str]:
+    external.register_models(config.hf_config.architectures or ())
+    model, name = get_model_architecture(config)
+    if _Process.config is not None and _Process.config.vision_fixes:
+        model = corrections.for_architecture(model, name)
+    return model, name
 
 
 # --- The scheduler ---------------------------------------------------------------------------

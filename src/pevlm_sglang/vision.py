@@ -16,7 +16,9 @@ qwen-vl-utils:
   (sglang/srt/models/qwen2_5_vl.py, ``Qwen2_5_VisionTransformer.forward``).
 
 The first three are corrected by the processor (``processors/qwen_vl.py``), the last one here.
-``embeddings.py`` holds one more, for all models, which saves work and changes no value.
+InternVL3.5's deviations are listed in ``processors/internvl_frames.py`` and at
+:func:`fix_placeholders`. ``embeddings.py`` holds one more correction, for all models, which saves
+work and changes no value.
 ``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
@@ -35,12 +37,19 @@ SAMPLING = "frames are sampled as by qwen-vl-utils"
 RESIZING = "frames are resized as by qwen-vl-utils"
 TEMPORAL_POSITIONS = "temporal positions follow the sampled frame rate"
 PER_STEP_TOWER = "the vision tower attends within each step"
+ANY_ORDER = "videos and images may stand in any order"
 
 CORRECTIONS: dict[str, tuple[str, ...]] = {
     "qwen2_vl": (SAMPLING, RESIZING),
     "qwen2_5_vl": (SAMPLING, RESIZING, TEMPORAL_POSITIONS, PER_STEP_TOWER),
     "qwen3_vl": (SAMPLING, RESIZING),
     "qwen3_vl_moe": (SAMPLING, RESIZING),
+    "internvl_chat": (
+        "frames are the middles of equal segments of the video",
+        "frames and images are resized with antialiasing, and keep the model's precision",
+        "frames are numbered Frame1: as in the reference",
+        ANY_ORDER,
+    ),
 }
 """Model type → what is corrected, in words, for the log and ``/server_info``."""
 
@@ -59,6 +68,8 @@ def install(model_type: str, config: PevlmConfig) -> tuple[str, ...]:
         hash_frame_rates()
     if PER_STEP_TOWER in corrections:
         fix_tower()
+    if ANY_ORDER in corrections:
+        fix_placeholders()
     return corrections
 
 
@@ -84,6 +95,26 @@ def fix_tower() -> None:
         return corrected
 
     wrap(Qwen2_5_VisionTransformer, "forward", per_step)
+
+
+def fix_placeholders() -> None:
+    """Make each placeholder of InternVL that of its own item. Runs in the scheduler.
+
+    SGLang hands out pad values in the order of its items, images first, to the prompt's ``<img>``
+    one by one: a video before an image takes the image's, and both get wrong features
+    (sglang/srt/models/internvl.py, ``pad_input_ids``). The items' offsets say what is whose.
+    """
+    from sglang.srt.managers.mm_utils import MultiModalityDataPaddingPatternMultimodalTokens
+    from sglang.srt.models.internvl import InternVLChatModel
+
+    def by_offsets(pad_input_ids: Callable[..., Any]) -> Callable[..., Any]:
+        def corrected(self: Any, input_ids: Any, mm_inputs: Any) -> Any:
+            pattern = MultiModalityDataPaddingPatternMultimodalTokens()
+            return pattern.pad_input_tokens(input_ids, mm_inputs)
+
+        return corrected
+
+    wrap(InternVLChatModel, "pad_input_ids", by_offsets)
 
 
 def hash_frame_rates() -> None:

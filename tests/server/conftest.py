@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from support.exchange import BATCH_ENV, Exchange
-from support.families import llava_video_tiny
+from support.families import internvl_model, llava_video_tiny, longvila, qwen3_vl
+from support.families.internvl import InternVLOracle
 from support.families.llava_video import NUM_FRAMES, LlavaVideoOracle
+from support.families.qwen3_vl import Qwen3VLOracle
 from support.families.qwen_vl import QwenVLOracle
 from support.oracle import Oracle
 from support.server import Server
@@ -25,6 +27,7 @@ from support.video import write_video
 
 CLIP_SIZE = (112, 84)  # pixels: 12 tokens a step, with the flag below
 FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+TWELVE_FRAMES = ("--mm-process-config", '{"video": {"num_frames": 12, "max_frames": 40}}')
 
 # Every video is too large for SGLang's own cache, so that SGLang alone would encode it every chunk.
 NO_EMBEDDING_CACHE = {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
@@ -49,8 +52,14 @@ class Deployment:
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
-    name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES
-} | {"llava_video": llava_video_tiny.make_tiny_model}
+    **{name: partial(make_tiny_model, architecture=name) for name in ARCHITECTURES},
+    "qwen3_vl": qwen3_vl.make_tiny_model,
+    "qwen3_vl_moe": partial(qwen3_vl.make_tiny_model, moe=True),
+    "llava_video": llava_video_tiny.make_tiny_model,
+    "longvila": longvila.make_tiny_model,
+    "internvl": internvl_model.make_tiny_model,
+    "internvl_moe": partial(internvl_model.make_tiny_model, moe=True),
+}
 """Architecture → writes a tiny model into a directory."""
 
 
@@ -75,6 +84,12 @@ DEPLOYMENTS = {
         {"SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
         architecture="qwen2_vl",
     ),
+    "longvila": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="longvila",
+        oracle=longvila.LongVilaOracle,
+        video=("--mm-process-config", '{"video": {"max_frames": 60}}'),
+    ),
     "triton": Deployment(
         (
             *("--chunked-prefill-size", "64", "--pevlm-base-backend", "triton"),
@@ -97,6 +112,27 @@ DEPLOYMENTS = {
     "two_ranks_retracting": Deployment(
         ("--chunked-prefill-size", "8192", "--tp", "2"),
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},
+    ),
+    "qwen3_vl": Deployment(
+        ("--chunked-prefill-size", "131"),
+        NO_EMBEDDING_CACHE,
+        architecture="qwen3_vl",
+        oracle=Qwen3VLOracle,
+    ),
+    "qwen3_vl_moe": Deployment(
+        ("--chunked-prefill-size", "257"), architecture="qwen3_vl_moe", oracle=Qwen3VLOracle
+    ),
+    "internvl": Deployment(
+        ("--chunked-prefill-size", "131"),
+        architecture="internvl",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
+    ),
+    "internvl_moe": Deployment(
+        ("--chunked-prefill-size", "257"),
+        architecture="internvl_moe",
+        oracle=partial(InternVLOracle, num_frames=12),
+        video=TWELVE_FRAMES,
     ),
 }
 

@@ -69,6 +69,32 @@ def test_broken_video(
     assert "VIDEO data at index 0" in answer
 
 
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"fps": 0}, "fps"),
+        ({"fps": "fast"}, "fps"),
+        ({"max_frames": -1}, "max_frames"),
+        ({"max_frames": 1}, "nframes"),
+        ({"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
+        ({"max_pixels": "many"}, "max_pixels"),
+        ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
+        ({"max_pixels": 3000}, "max_pixels: expected at least min_pixels, 3136 here, got 3000"),
+        ({"max_pixels": 10**9}, "max_pixels: expected at most 602112, the server's limit"),
+    ],
+)
+def test_bad_knob_of_a_video(
+    knobs: dict[str, Any],
+    reason: str,
+    ask: Callable[..., tuple[int, str]],
+    clip: Callable[..., Path],
+) -> None:
+    url = {"url": video_data_url(clip(10)), **knobs}
+    status, answer = ask({"type": "video_url", "video_url": url})
+    assert status == 400
+    assert reason in answer
+
+
 def test_one_frame(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
     status, answer = ask(_video(video_data_url(clip(0.25))))
     assert status == 400

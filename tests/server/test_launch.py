@@ -57,6 +57,10 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
             "PEVLM: --decode-attention-backend pevlm: PEVLM changes prefill alone",
         ),
         (
+            ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"frames": 8}}'),
+            "PEVLM: --mm-process-config: video knob frames: expected one of fps, nframes",
+        ),
+        (
             ("--attention-backend", "pevlm", "--pevlm-config", "/nowhere.yaml"),
             "PEVLM: pevlm config /nowhere.yaml: cannot be read",
         ),

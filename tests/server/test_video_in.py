@@ -56,6 +56,28 @@ def test_ways_to_send_a_video(
     assert _sparse_tokens(exchange) - before == 7 * 12  # the sink and the first block see all
 
 
+@pytest.mark.parametrize(
+    ("knobs", "steps", "tokens"),
+    [
+        ({}, 10, 12),
+        ({"fps": 1}, 5, 12),
+        ({"max_frames": 7}, 3, 12),
+        ({"max_pixels": 5000}, 10, 4),
+        ({"fps": 4, "max_frames": 24, "max_pixels": 7000}, 12, 6),
+        ({"max_frame": 7}, 10, 12),  # no knob: ignored, as SGLang does
+    ],
+)
+def test_knobs_of_a_video_url(
+    exchange: Exchange, clip: Callable[..., Path], knobs: dict[str, Any], steps: int, tokens: int
+) -> None:
+    """12 tokens a step without knobs; the rest of the prompt is the same."""
+    sizes = []
+    for url in ({"url": str(clip(10)), **knobs}, {"url": str(clip(10))}):
+        answer = exchange.server.chat([{"type": "video_url", "video_url": url}], max_tokens=1)
+        sizes.append(answer["usage"]["prompt_tokens"])
+    assert sizes[0] - sizes[1] == steps * tokens - 10 * 12
+
+
 def test_frames_sent_as_images(exchange: Exchange, picture: Callable[[int], Path]) -> None:
     """``image_url`` items in a row, as clients without video support send frames."""
     images = [{"type": "image_url", "image_url": {"url": str(picture(seed))}} for seed in range(6)]

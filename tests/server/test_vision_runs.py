@@ -80,6 +80,21 @@ def test_two_videos_and_an_image(exchange: Exchange, clip: Clip, picture: Pictur
     assert (seen.runs, seen.items, seen.held) == (2, 2, 0)
 
 
+@pytest.mark.parametrize("exchange", ["qwen3_vl"], indirect=True)
+def test_an_item_a_video(exchange: Exchange, clip: Clip) -> None:
+    """Qwen3-VL: each video is encoded by itself, deepstack features included, and a hit that covers
+    the first leaves the second alone to encode."""
+    text = SYSTEM + user(f"{VIDEO}then {VIDEO}?")
+    question = Question(text, (clip(20), clip(14, seed=1)), setting=Setting(4, 4))
+    second = exchange.oracle.videos(exchange.inputs(question))[1]
+    exchange.flush()
+    for start, runs in ((0, 2), (second[4][0] + 5, 1), (second[-1][1], 0)):
+        with Runs(exchange) as seen:
+            [answer] = exchange.check(replace(question, start=start))
+        assert answer.cached_tokens == start
+        assert (seen.runs, seen.items, seen.held) == (runs, runs, 0), start
+
+
 @small_chunks
 def test_requests_together(exchange: Exchange, clip: Clip) -> None:
     """One run each; the cache serves those that come later with the same prompt."""

@@ -7,18 +7,65 @@ kernels would (int32 tables, rows that fit the lengths) and say nothing about sp
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from typing import Any
 
 import torch
 
-from pevlm_kernels.reference import masked_attention
+from pevlm_kernels.reference import masked_attention, masked_attention_lse
 
 
 def _bottom_right_causal(n: int, m: int, causal: bool) -> torch.Tensor:
     rows = torch.arange(m - n, m)[:, None]
     return torch.arange(m) <= rows if causal else torch.ones(n, m, dtype=torch.bool)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    return_softmax_lse: bool = False,
+    return_lse: bool = False,
+    return_attn_probs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arguments that FlashAttention-2, 3 and 4 share, and what each calls the log-sum-exp."""
+    assert return_softmax_lse + return_lse + return_attn_probs == 1
+    assert q.dtype == k.dtype == v.dtype
+    lengths_q = cu_seqlens_q.diff().tolist()
+    if page_table is None:
+        assert cu_seqlens_k is not None
+        assert cu_seqlens_k.dtype == torch.int32
+        assert int(cu_seqlens_k[-1]) == len(k) == len(v), "the sequences tile the keys"
+        keys = list(torch.arange(len(k)).split(cu_seqlens_k.diff().tolist()))
+    else:
+        assert seqused_k is not None
+        assert cu_seqlens_k is None
+        assert page_table.dtype == seqused_k.dtype == torch.int32
+        assert k.shape[1] == v.shape[1] == 1, "pages of one token"
+        k, v = k[:, 0], v[:, 0]
+        keys = [row[:m].long() for row, m in zip(page_table, seqused_k.tolist(), strict=True)]
+    assert cu_seqlens_q.dtype == torch.int32
+    assert int(cu_seqlens_q[-1]) == len(q)
+    assert max_seqlen_q == max(lengths_q), "tiles beyond max_seqlen_q are never computed"
+    assert max_seqlen_k == max(map(len, keys))
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[1::-1], torch.nan)
+    for rows, own in zip(torch.arange(len(q)).split(lengths_q), keys, strict=True):
+        mask = _bottom_right_causal(len(rows), len(own), causal)
+        out[rows], lse[:, rows] = masked_attention_lse(
+            q[rows], k[own], v[own], mask, softmax_scale=softmax_scale
+        )
+    return out, lse
 
 
 def flash_attn_with_kvcache(
@@ -110,6 +157,64 @@ class PagedPrefillWrapper:
                 q[rows], k_cache[slots], v_cache[slots], mask, softmax_scale=sm_scale
             )
         return out
+
+
+class PlannedPrefillWrapper:
+    """``flashinfer.BatchPrefillWithPagedKVCacheWrapper`` by its own names, ``plan`` and ``run``."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str) -> None:
+        self.inner = PagedPrefillWrapper(float_workspace_buffer, kv_layout)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        *,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        assert causal
+        self.sm_scale, self.dtypes = sm_scale, (q_data_type, kv_data_type)
+        self.inner.begin_forward(
+            qo_indptr,
+            paged_kv_indptr,
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            num_qo_heads,
+            num_kv_heads,
+            head_dim_qk,
+            page_size,
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
+        v_scale: float | None,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert return_lse
+        k, v = (part[:, 0] for part in paged_kv_cache)
+        assert (q.dtype, k.dtype) == self.dtypes
+        q_at, k_at, indices = self.inner.plan
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+        for i in range(len(q_at) - 1):
+            rows, slots = slice(q_at[i], q_at[i + 1]), indices[k_at[i] : k_at[i + 1]]
+            mask = _bottom_right_causal(q_at[i + 1] - q_at[i], len(slots), True)
+            out[rows], natural = masked_attention_lse(
+                q[rows], k[slots], v[slots], mask, softmax_scale=self.sm_scale, v_scale=v_scale or 1
+            )
+            lse[rows] = natural.T / math.log(2)
+        return out, lse
 
 
 def install_flash_attention() -> None:

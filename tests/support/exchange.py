@@ -27,6 +27,14 @@ def user(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """A video with wishes about its sampling: ``fps``, ``max_frames``, ``max_pixels``."""
+
+    path: Path
+    wishes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Question:
     """A request, in the form that both sides take.
 
@@ -40,7 +48,7 @@ class Question:
     """
 
     text: str
-    videos: tuple[Path, ...] = ()
+    videos: tuple[Path | Sampled, ...] = ()
     images: tuple[Path, ...] = ()
     setting: Setting | None = DEFAULT
     start: int = 0
@@ -58,7 +66,9 @@ class Question:
         }
 
 
-def about(video: Path, text: str = "What happens in the video?", **fields: Any) -> Question:
+def about(
+    video: Path | Sampled, text: str = "What happens in the video?", **fields: Any
+) -> Question:
     """A question about one video, which stands before the text; ``fields`` of the question."""
     return Question(SYSTEM + user(VIDEO + text), (video,), **fields)
 
@@ -98,7 +108,7 @@ class Exchange:
         """Send questions as one batch: the scheduler sees all of them at once."""
         body: dict[str, list[Any]] = {
             "text": [q.text for q in questions],
-            "video_data": [[str(video) for video in q.videos] or None for q in questions],
+            "video_data": [[_sent(video) for video in q.videos] or None for q in questions],
             "image_data": [[str(image) for image in q.images] for q in questions],
             "sampling_params": [
                 {
@@ -191,11 +201,18 @@ class Exchange:
         from PIL import Image
 
         images = [Image.open(image).convert("RGB") for image in question.images]
-        return self.oracle.inputs(question.text, question.videos, images)
+        videos: Any = question.videos  # an oracle of another family takes paths alone
+        return self.oracle.inputs(question.text, videos, images)
 
 
 BATCH_ENV = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "true"}
 """Makes SGLang hold the requests of a list back until the last of them is there."""
+
+
+def _sent(video: Path | Sampled) -> str | dict[str, Any]:
+    if isinstance(video, Sampled):
+        return {"url": str(video.path), **video.wishes}
+    return str(video)
 
 
 def read_answer(out: Mapping[str, Any]) -> Answer:

@@ -38,7 +38,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_MAX_POSITIONS = 131072
+TEXT = "system user assistant You are a helpful assistant. What happens in the video?"
+
+MAX_POSITIONS = 131072
 _SETTINGS_FILE = "tiny.json"  # written last: its presence says that the model is whole
 _RECIPE = 2  # raise it when the same settings give another model
 
@@ -101,15 +103,26 @@ def make_tiny_model(
             return directory
         finished.unlink()
     directory.mkdir(parents=True, exist_ok=True)
-    token_ids = _write_tokenizer(directory)
+    token_ids = write_tokenizer(directory)
     _write_processor(directory)
     _write_weights(directory, token_ids, settings)
     finished.write_text(json.dumps(settings))
     return directory
 
 
-def _write_tokenizer(directory: Path) -> dict[str, int]:
-    """A byte-level BPE of a few hundred tokens; returns all token ids."""
+def write_tokenizer(
+    directory: Path, text: str = TEXT, *, chat_template: str = CHAT_TEMPLATE
+) -> dict[str, int]:
+    """A byte-level BPE of a few hundred tokens.
+
+    Args:
+        directory: of the model.
+        text: whose words become tokens.
+        chat_template: in Jinja.
+
+    Returns:
+        All token ids.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -121,21 +134,20 @@ def _write_tokenizer(directory: Path) -> dict[str, int]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = "system user assistant You are a helpful assistant. What happens in the video?"
-    tokenizer.train_from_iterator([corpus] * 10, trainer)
+    tokenizer.train_from_iterator([text] * 10, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
-            "model_max_length": _MAX_POSITIONS,
+            "model_max_length": MAX_POSITIONS,
             "pad_token": "<|endoftext|>",
             "eos_token": "<|im_end|>",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template,
             "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         },
     )
-    _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(directory / "chat_template.json", {"chat_template": chat_template})
     return dict(tokenizer.get_vocab())
 
 
@@ -151,11 +163,11 @@ def _write_processor(directory: Path) -> None:
         # Qwen2-VL's processor does the same, and SGLang takes either.
         "processor_class": "Qwen2_5_VLProcessor",
     }
-    _write_json(
+    write_json(
         directory / "preprocessor_config.json",
         {**shared, "image_processor_type": "Qwen2VLImageProcessor"},
     )
-    _write_json(
+    write_json(
         directory / "video_preprocessor_config.json",
         {**shared, "video_processor_type": "Qwen2VLVideoProcessor"},
     )
@@ -195,7 +207,7 @@ def _text_config(token_ids: dict[str, int], settings: dict[str, Any]) -> dict[st
         "num_hidden_layers": settings["num_layers"],
         "num_attention_heads": settings["num_heads"],
         "num_key_value_heads": settings["num_kv_heads"],
-        "max_position_embeddings": _MAX_POSITIONS,
+        "max_position_embeddings": MAX_POSITIONS,
         "rope_theta": 1e6,
         # Time, height and width in the proportion of the released models, 16 : 24 : 24.
         "rope_scaling": {"type": "mrope", "mrope_section": [2 * quarter, 3 * quarter, 3 * quarter]},
@@ -237,5 +249,6 @@ def _qwen2_vision(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a configuration file."""
     path.write_text(json.dumps(content, indent=2))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pevlm_sglang.families import frame_knobs
+from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.families.geometry import VideoTokens, read_json
 from pevlm_sglang.support import UnsupportedError
 
@@ -85,65 +87,8 @@ def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class VideoKnobs:
-    """The keys of ``--mm-process-config '{"video": {...}}'`` that take effect.
-
-    Attributes:
-        num_frames: frames sampled from any video, evenly from its first to its last; frames repeat
-            where it has fewer, as in the reference.
-        fps: frames sampled from a second of video, in place of that; where they are more than
-            ``num_frames``, these are sampled evenly.
-        max_frames: most frames that a request may ask for.
-
-    Raises:
-        ValueError: a value of the wrong type, or not positive, or more frames than the most.
-    """
-
-    num_frames: int = 64
-    fps: float | None = None
-    max_frames: int = 768
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            kind: Any = (int, float) if name == "fps" else int
-            if name == "fps" and value is None:
-                continue
-            ok = isinstance(value, kind) and not isinstance(value, bool)
-            if not ok or not 0 < value < math.inf:
-                expected = "a number" if name == "fps" else "a whole number"
-                raise ValueError(f"{name}: expected {expected} of more than 0, got {value!r}")
-        if self.num_frames > self.max_frames:
-            raise ValueError(
-                f"num_frames: expected at most max_frames ({self.max_frames}), "
-                f"got {self.num_frames}"
-            )
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> VideoKnobs:
-        """The knobs in the ``video`` section of the server's flag.
-
-        Raises:
-            ValueError: a name that is not one of a knob, or a bad value.
-        """
-        if unknown := [name for name in values if name not in KNOBS]:
-            raise ValueError(f"video knob {unknown[0]}: expected one of {', '.join(KNOBS)}")
-        return cls(**values)
-
-    def given(self) -> dict[str, float]:
-        """The knobs that are not at their default, as the server's flag takes them."""
-        return {
-            knob.name: value
-            for knob in fields(self)
-            if (value := getattr(self, knob.name)) != knob.default
-        }
-
-    def limits(self) -> dict[str, float]:
-        """What a request may ask for, at most."""
-        return {"fps": math.inf, "max_frames": self.max_frames}
-
-
-KNOBS = tuple(knob.name for knob in fields(VideoKnobs))
+KNOBS = frame_knobs.KNOBS
+DEFAULT_NUM_FRAMES = 64
 
 
 def sampled_frames(
@@ -186,11 +131,11 @@ class LlavaGeometry:
     frames_per_step: int = 1
     default_prompt_tokens: int = 6  # "You are a helpful assistant."
 
-    def knobs(self, values: Mapping[str, Any]) -> VideoKnobs:
-        """See :meth:`VideoKnobs.of`."""
-        return VideoKnobs.of(values)
+    def knobs(self, values: Mapping[str, Any]) -> FrameKnobs:
+        """See :meth:`FrameKnobs.of`."""
+        return FrameKnobs.of(values, default=DEFAULT_NUM_FRAMES)
 
-    def sample(self, sampled: int, knobs: VideoKnobs) -> tuple[int, float]:
+    def sample(self, sampled: int, knobs: FrameKnobs) -> tuple[int, float]:
         """A file of as many frames as are sampled."""
         fps = knobs.fps or 1.0
         frames = len(sampled_frames(sampled, fps, knobs.num_frames, knobs.fps))
@@ -202,7 +147,7 @@ class LlavaGeometry:
         return sampled, fps
 
     def video(
-        self, total_frames: int, fps: float, size: tuple[int, int], knobs: VideoKnobs
+        self, total_frames: int, fps: float, size: tuple[int, int], knobs: FrameKnobs
     ) -> VideoTokens:
         """What a file becomes; see the protocol. The size of its frames does not matter."""
         if total_frames < 1 or min(size) < 1:

@@ -19,29 +19,41 @@ _PROCESSORS: dict[str, str] = {
     "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLMoeForConditionalGeneration": _QWEN_VL,
+    "InternVLChatModel": "pevlm_sglang.processors.internvl:PevlmInternVLProcessor",
     "LlavaQwenForCausalLM": "pevlm_sglang.processors.llava_video:LlavaVideoProcessor",
+    "LlavaLlamaModel": "pevlm_sglang.processors.longvila:LongVilaProcessor",
 }
-"""Architecture → the class to use in place of SGLang's, as ``module:name``."""
+"""Architecture → the class to use in place of SGLang's on a server with PEVLM, or where SGLang has
+none; as ``module:name``."""
 
+_MENDED: dict[str, str] = {
+    "NVILAForConditionalGeneration": "pevlm_sglang.processors.nvila:NvilaProcessor",
+    "NVILALiteForConditionalGeneration": "pevlm_sglang.processors.nvila:NvilaProcessor",
+}
+"""The same, of models that PEVLM does not serve, whose videos fail with SGLang's own class."""
 
 _CHAT_TEMPLATES: dict[str, str] = {"LlavaQwenForCausalLM": "chatml-llava"}
 """Architecture → the chat template of SGLang that writes its placeholders. The one in the published
 checkpoint is of the language model alone, and drops them."""
 
 
-def for_architectures(upstream: type | None, architectures: Iterable[str]) -> type | None:
+def for_architectures(
+    upstream: type | None, architectures: Iterable[str], *, with_pevlm: bool = True
+) -> type | None:
     """The processor class of a model.
 
     Args:
         upstream: the class that SGLang would take.
         architectures: of the model's configuration.
+        with_pevlm: whether the server is one with PEVLM.
 
     Returns:
         This plugin's class, or ``upstream`` where the plugin has none.
     """
+    ours = _MENDED if upstream is not None and not with_pevlm else {**_PROCESSORS, **_MENDED}
     for name in architectures:
-        if name in _PROCESSORS:
-            processor: Any = pkgutil.resolve_name(_PROCESSORS[name])
+        if name in ours:
+            processor: Any = pkgutil.resolve_name(ours[name])
             return processor
     return upstream
 

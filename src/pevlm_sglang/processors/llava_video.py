@@ -33,7 +33,8 @@ from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, load_image, load_video
 
 from pevlm_sglang.corrections.llava_layout import image_tokens, patches_per_side
-from pevlm_sglang.families.llava_geometry import TokenLayout, VideoKnobs, sampled_frames
+from pevlm_sglang.families.frame_knobs import FrameKnobs
+from pevlm_sglang.families.llava_geometry import DEFAULT_NUM_FRAMES, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video import FRAMES
 from pevlm_sglang.processors.sampling import Sampling, split
 
@@ -78,15 +79,15 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         """Refuse a server's video settings.
 
         Raises:
-            ValueError: see :meth:`pevlm_sglang.families.llava_geometry.VideoKnobs.of`.
+            ValueError: see :meth:`FrameKnobs.of`.
         """
-        VideoKnobs.of(video_config)
+        FrameKnobs.of(video_config, default=DEFAULT_NUM_FRAMES)
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
-        self._knobs = VideoKnobs.of(self.video_config)
+        self._knobs = FrameKnobs.of(self.video_config, default=DEFAULT_NUM_FRAMES)
         self._patches = patches_per_side(hf_config)
         self._layout = TokenLayout.of(hf_config, self._patches)
         name = server_args.dtype

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from support.exchange import Sampled
 from support.oracle import Oracle
 from support.spec_mask import Steps
 
@@ -44,12 +45,17 @@ class QwenVLOracle(Oracle):
         self.knobs = knobs
         self.frames_per_step = self.model.config.vision_config.temporal_patch_size
 
-    def inputs(self, prompt: str, videos: Sequence[Path], images: Sequence[Any] = ()) -> Any:
+    def inputs(
+        self, prompt: str, videos: Sequence[Path | Sampled], images: Sequence[Any] = ()
+    ) -> Any:
         """The processor's output for a prompt with one placeholder a video or image."""
         if self.upstream_vision:
-            clips = [upstream_sample(video) for video in videos]
+            clips = [upstream_sample(_path(video)) for video in videos]
         else:
-            clips = [reference_video(video, self.knobs) for video in videos]
+            clips = [
+                reference_video(_path(video), {**self.knobs, **getattr(video, "wishes", {})})
+                for video in videos
+            ]
         return reference_inputs(self.processor, prompt, clips, images)
 
     def videos(self, inputs: Any) -> list[Steps]:
@@ -110,6 +116,10 @@ class QwenVLOracle(Oracle):
                 )
         finally:
             modeling.get_vision_attention_seqlens = reference
+
+
+def _path(video: Path | Sampled) -> Path:
+    return video.path if isinstance(video, Sampled) else video
 
 
 def mrope_positions(config: Any, inputs: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,262 @@
+"""One attention layer: PEVLM beside the best full attention of the same machine.
+
+    python benchmarks/bench_attention.py                 # a GPU: up to 1M tokens, about 6 minutes
+    python benchmarks/bench_attention.py --quick         # about a minute
+    python benchmarks/bench_attention.py                 # without one: PyTorch on the CPU, to 16k
+
+Method. q, k and v are normal random numbers with the heads of a released model; the prompt is a
+system prompt, a video of 256 tokens a frame and a question of 64 tokens (benchmarks/workload.py).
+Three sweeps: over lengths, over models at 100k tokens, and the paper's, over sink and block sizes
+at 100k tokens. In each cell all peers run one after the other on the same tensors; a time is the
+median of the calls within a second (a quarter of one in the last two sweeps), on a GPU between CUDA
+events, after one that is not counted; where a call takes seconds, it is the time of one. Plans are
+built in that first call, as a model builds them for its first layer.
+
+- A gate comes first: rows of every output, at the same length, against the definition in fp64. An
+  error above twice that of plain PyTorch has no time in the table, and the program ends with 1.
+- TFLOP/s counts useful work: 4 * head_dim for each pair of query and key that the mask allows.
+- Speed-up is against the fastest full attention of the cell, whoever ships it.
+- ``of the ratio`` is the speed-up over what the arithmetic allows, 1 / visible_fraction.
+- A peer that cannot run here is listed with its reason, and so is a cell that no time was left for.
+- ``drift`` is how far the time per token strays between the shortest and the longest prompt of at
+  least 50k tokens: what linear cost means.
+
+Sample output, on two cores of a shared virtual machine (cut; no such run on a GPU is in results/):
+
+@@SAMPLE@@
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gate import worst_ratio
+from machine import card, seconds, summary
+from peers import Attention, dense_peers, missing, sparse_peers
+from workload import MODELS, TOKENS_PER_FRAME, Prompt, Shape, flops
+
+PAPER = (16, 16)  # sink and block frames
+PAPER_MODEL = "Qwen2.5-VL-7B"
+AT = 100_000
+LENGTHS = (8_192, 16_384, 32_768, 65_536, 100_000, 262_144, 524_288, 1_048_576)
+SINKS, BLOCKS = (0, 1, 2, 4, 8, 16), (2, 4, 8, 12, 16, 24)
+ONE_DENSE_FROM = 200_000  # from here on, full attention is the peer that was fastest before
+SLOW_PEERS = {"sglang triton", "pevlm sdpa"}  # known to be far behind; in the sweep of lengths only
+FLEX_AT = (32_768, AT)  # compiled anew for each length
+LINEAR_FROM = 50_000
+CPU_LENGTHS, CPU_TOKENS_PER_FRAME = (1_024, 2_048, 4_096, 8_192, 16_384), 16
+
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Cell(NamedTuple):
+    sweep: str
+    model: str
+    length: int
+    sink_frames: int
+    block_frames: int
+
+
+def cells(device: torch.device, quick: bool) -> Iterator[Cell]:
+    """What to measure, the most wanted first."""
+    if device.type == "cpu":
+        for length in CPU_LENGTHS[:-2] if quick else CPU_LENGTHS:
+            yield Cell("length", "tiny", length, *PAPER)
+        return
+    lengths = (8_192, 32_768, AT, 262_144) if quick else LENGTHS
+    for length in lengths:
+        yield Cell("length", PAPER_MODEL, length, *PAPER)
+    models = [name for name in MODELS if name not in ("tiny", PAPER_MODEL)]
+    for model in models[:1] if quick else models:
+        yield Cell("model", model, AT, *PAPER)
+    for sink in (0, 16) if quick else SINKS:
+        for block in (2, 16) if quick else BLOCKS:
+            yield Cell("paper", PAPER_MODEL, AT, sink, block)
+
+
+class Bench:
+    """Runs cells and keeps what came of them."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, budget_s: float) -> None:
+        self.device, self.dtype = device, dtype
+        self.deadline = time.monotonic() + budget_s
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+        self.best_dense = ""
+        self.red = 0
+
+    def tensors(self, shape: Shape, length: int) -> QKV:
+        torch.manual_seed(0)
+
+        def draw(heads: int) -> torch.Tensor:
+            return torch.randn(length, heads, shape.head_dim, dtype=self.dtype, device=self.device)
+
+        return draw(shape.num_q_heads), draw(shape.num_kv_heads), draw(shape.num_kv_heads)
+
+    def run(self, cell: Cell) -> None:
+        if time.monotonic() > self.deadline:
+            self.left_out[str(tuple(cell))] = "the time was up"
+            return
+        shape = MODELS[cell.model]
+        on_cpu = self.device.type == "cpu"
+        per_frame = CPU_TOKENS_PER_FRAME if on_cpu else TOKENS_PER_FRAME
+        prompt = Prompt.of_video(cell.length, cell.sink_frames, cell.block_frames, per_frame)
+        qkv = self.tensors(shape, cell.length)
+        dense = dense_peers(self.device)
+        if self.best_dense and (cell.length >= ONE_DENSE_FROM or cell.sweep == "paper"):
+            dense = {self.best_dense: dense[self.best_dense]}
+        sparse = sparse_peers(self.device)
+        full_field = cell.sweep == "length" and cell.length <= AT
+        if not full_field and self.device.type == "cuda":
+            sparse = {name: peer for name, peer in sparse.items() if name not in SLOW_PEERS}
+        if not full_field or cell.length not in FLEX_AT:
+            sparse.pop("flex attention", None)
+        times = self.measure(cell, shape, prompt.full(), dense, qkv)
+        if not times:
+            self.left_out[str(tuple(cell))] = "no full attention to compare with"
+            return
+        fastest = min(times, key=lambda name: times[name])
+        if cell.length < ONE_DENSE_FROM:
+            self.best_dense = fastest
+        self.measure(cell, shape, prompt, sparse, qkv, dense_s=times[fastest])
+
+    def measure(
+        self,
+        cell: Cell,
+        shape: Shape,
+        prompt: Prompt,
+        peers: dict[str, Attention],
+        qkv: QKV,
+        dense_s: float | None = None,
+    ) -> dict[str, float]:
+        """Seconds of each peer with a green gate; a row of the table for each."""
+        times: dict[str, float] = {}
+        for name, peer in peers.items():
+            if reason := missing(name, *qkv):
+                self.left_out[name] = reason
+                continue
+            try:
+                ratio = worst_ratio(peer(*qkv, prompt), *qkv, prompt)
+                limit_s = 1.0 if cell.sweep == "length" else 0.25
+                taken = seconds(partial(peer, *qkv, prompt), self.device, limit_s=limit_s)
+            # A peer that fails must not cost the figures of the others.
+            except (RuntimeError, ValueError, ImportError, AssertionError, TypeError) as error:
+                self.left_out[f"{name} {tuple(cell)}"] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            kind = "dense" if dense_s is None else "pevlm"
+            row: dict[str, Any] = {**cell._asdict(), "kind": kind, "name": name}
+            row |= {"error_of_budget": round(ratio, 3), "green": ratio <= 1}
+            self.rows.append(row)
+            if ratio > 1:
+                self.red += 1
+                print(f"RED   {name} {tuple(cell)}: error {ratio:.2f} of what it may be")
+                continue
+            times[name] = taken
+            row |= {"ms": taken * 1e3, "tflops": flops(prompt, shape) / taken / 1e12}
+            row["ns_per_token"] = taken / prompt.length * 1e9
+            row["visible_fraction"] = prompt.visible_fraction
+            if dense_s is not None:
+                row["speedup"] = dense_s / taken
+                row["of_the_ratio"] = dense_s / taken * prompt.visible_fraction
+            print(line(row), flush=True)
+        return times
+
+
+HEADER = (
+    f"{'model':20}{'tokens':>9}{'sink':>5}{'block':>6}  {'kernel':20}"
+    f"{'ms':>10}{'TFLOP/s':>9}{'speed-up':>9}{'of the ratio':>13}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    sizes = f"{row['sink_frames']:>5}{row['block_frames']:>6}"
+    if row["kind"] == "dense":
+        sizes = "    -     -"
+    text = f"{row['model']:20}{row['length']:>9}{sizes}"
+    text += f"  {row['name']:20}{row['ms']:>10.2f}{row['tflops']:>9.2f}"
+    if "speedup" in row:
+        text += f"{row['speedup']:>8.2f}x{row['of_the_ratio']:>12.0%}"
+    return text
+
+
+def drift(rows: list[dict[str, Any]], linear_from: int) -> dict[str, float]:
+    """For each kernel, how far its time per token is from that of the shortest long prompt."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        long = row["sweep"] == "length" and row["length"] >= linear_from
+        if long and row["kind"] == "pevlm" and row["green"]:
+            found.setdefault(row["name"], {})[row["length"]] = row["ns_per_token"]
+    return {
+        name: max(abs(ns / per_length[min(per_length)] - 1) for ns in per_length.values())
+        for name, per_length in found.items()
+        if len(per_length) > 1
+    }
+
+
+def tune(bench: Bench) -> dict[str, float]:
+    """Let the own kernel choose its tiles, once, at the paper's point."""
+    from pevlm_kernels import triton_prefill
+
+    shape, peer = MODELS[PAPER_MODEL], sparse_peers(bench.device)["pevlm triton"]
+    qkv = bench.tensors(shape, AT)
+    if missing("own triton", *qkv):
+        return {}
+    prompt = Prompt.of_video(AT, *PAPER, TOKENS_PER_FRAME)
+    found = triton_prefill.tune(
+        shape.head_dim,
+        bench.dtype,
+        qkv[0].device,
+        lambda: seconds(partial(peer, *qkv, prompt), bench.device),
+    )
+    return {str(tuple(sizes)): taken * 1e3 for sizes, taken in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="PEVLM's attention beside full attention")
+    parser.add_argument("--quick", action="store_true", help="fewer cells")
+    parser.add_argument("--budget", type=float, default=400, help="seconds (default: 400)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    about = card(device)
+    print(summary(about))
+    bench = Bench(device, dtype, options.budget)
+    tuned = tune(bench) if device.type == "cuda" else {}
+    print("\n" + HEADER)
+    for cell in cells(device, options.quick):
+        bench.run(cell)
+    linear = drift(bench.rows, LINEAR_FROM if device.type == "cuda" else CPU_LENGTHS[1])
+    for name, reason in bench.left_out.items():
+        print(f"left out: {name}: {reason}")
+    for name, share in linear.items():
+        print(f"drift of the time per token, {name}: {share:.1%}")
+    result = {
+        "benchmark": "attention",
+        "card": about,
+        "dtype": str(dtype),
+        "tuned_ms": tuned,
+        "drift": linear,
+        "left_out": bench.left_out,
+        "rows": bench.rows,
+    }
+    text = json.dumps(result)
+    if options.output:
+        options.output.write_text(text + "\n")
+    print(text)
+    if bench.red or not any(row["kind"] == "pevlm" and row["green"] for row in bench.rows):
+        sys.exit("bench_attention: a gate is red, or nothing of PEVLM ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The machine that a benchmark ran on, and how long something takes there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = (
+    "pevlm-sglang",
+    "torch",
+    "triton",
+    "transformers",
+    "sglang",
+    "sglang-kernel",
+    "flash-attn",
+    "flash-attn-4",
+    "flashinfer-python",
+)
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware; on a CPU also its load, since what others run blurs every time."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    else:
+        found |= {
+            "device": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 1),
+        }
+    return found
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A card in two lines: versions, and the machine."""
+    versions = [f"{name} {found[name]}" for name in (*LIBRARIES, "python") if found[name]]
+    rest = [name for name in found if name not in (*LIBRARIES, "python", "device")]
+    machine = [str(found["device"]), *(f"{name} {found[name]}" for name in rest)]
+    return f"{', '.join(versions)}\n{', '.join(machine)}"
+
+
+def seconds(
+    function: Callable[[], Any], device: torch.device, *, limit_s: float = 1.0, most: int = 20
+) -> float:
+    """The median time of a call, after one that is not counted.
+
+    Args:
+        limit_s: stop repeating when the calls together took this long.
+        most: calls.
+    """
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    warm_up = clock(function)
+    if warm_up > 2 * limit_s:
+        return warm_up  # so long that its warm-up is no part of it
+    times: list[float] = []
+    while len(times) < most and sum(times) < limit_s:
+        times.append(clock(function))
+    return statistics.median(times)
+
+
+def _cuda_seconds(function: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _cpu_seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

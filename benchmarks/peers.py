@@ -1,0 +1,134 @@
+"""What is measured side by side: PEVLM's implementations, and the kernels that others ship.
+
+Each is a function of (q, k, v, prompt) that returns ``[length, num_q_heads, head_dim]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from workload import Prompt
+
+from pevlm_kernels import IMPLEMENTATIONS, packed_plan, pevlm_attention
+from pevlm_kernels.choice import refusal
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prompt], torch.Tensor]
+
+
+def dense_peers(device: torch.device) -> dict[str, Attention]:
+    """Full causal attention, and nothing that copies or plans more than it needs."""
+    peers: dict[str, Attention] = {"own triton": partial(_own, "triton")}
+    if device.type == "cpu":
+        return {"torch flash": partial(_sdpa, None)}
+    peers["torch cudnn"] = partial(_sdpa, SDPBackend.CUDNN_ATTENTION)
+    peers["torch flash"] = partial(_sdpa, SDPBackend.FLASH_ATTENTION)
+    peers["flash-attention"] = partial(_own, "flash_merged")  # one sequence: no copy, no merge
+    peers["flashinfer"] = partial(_own, "flashinfer")
+    peers["sglang triton"] = _sglang_extend
+    return peers
+
+
+def sparse_peers(device: torch.device) -> dict[str, Attention]:
+    """The same mask: PEVLM's implementations, FlexAttention, SGLang's kernel."""
+    if device.type == "cpu":
+        return {"pevlm sdpa": partial(_own, "sdpa")}
+    own = {f"pevlm {name}": partial(_own, name) for name in IMPLEMENTATIONS if name != "reference"}
+    return {**own, "flex attention": _flex, "sglang triton": _sglang_extend}
+
+
+def missing(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why one of them cannot run here, as far as that is known beforehand."""
+    impl = {"flash-attention": "flash_merged", "own triton": "triton", "flashinfer": "flashinfer"}
+    own = name.removeprefix("pevlm ") if name.startswith("pevlm ") else impl.get(name)
+    return refusal(own, q, k, v) if own else None
+
+
+def _own(
+    impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: Prompt
+) -> torch.Tensor:
+    out: torch.Tensor = pevlm_attention(
+        q, k, v, sink_end=prompt.sink_end, blocks=prompt.blocks, impl=impl
+    )
+    return out
+
+
+def _sdpa(
+    backend: SDPBackend | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt: Prompt,
+) -> torch.Tensor:
+    assert not prompt.blocks, "dense"
+    attention = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        is_causal=True,
+        enable_gqa=True,
+    )
+    if backend is None:
+        return attention()[0].transpose(0, 1)
+    with sdpa_kernel(backend):
+        return attention()[0].transpose(0, 1)
+
+
+def _sglang_extend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: Prompt
+) -> torch.Tensor:
+    """SGLang's kernel, on what PEVLM's mixin for it plans: cached keys, then a sequence's own."""
+    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+    plan = packed_plan(prompt.length, prompt.sink_end, prompt.blocks, q.device)
+    if "sglang extend" not in plan.memo:
+        lengths = zip(plan.seqlens_q, plan.kv_indices.split(list(plan.seqlens_k)), strict=True)
+        cached = [own[: len(own) - n] for n, own in lengths]
+        counts = torch.tensor([0, *map(len, cached)], device=q.device)
+        plan.memo["sglang extend"] = (counts.cumsum(0).to(torch.int32), torch.cat(cached))
+    kv_indptr, kv_indices = plan.memo["sglang extend"]
+    out = torch.empty_like(q)
+    extend_attention_fwd(
+        q, k, v, out, k, v,
+        plan.cu_seqlens_q, kv_indptr, kv_indices,
+        None, True, None, plan.max_seqlen_q, 1.0, 1.0,
+    )  # fmt: skip
+    return out
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    mask = _flex_mask(prompt, q.device)
+    heads = (part.transpose(0, 1)[None] for part in (q, k, v))
+    out: torch.Tensor = _flex_function()(*heads, block_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+@cache
+def _flex_function() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _flex_mask(prompt: Prompt, device: torch.device) -> Any:
+    """One number a token says its block: the sink's is 0, the question's the highest."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    block = torch.zeros(prompt.length, dtype=torch.int32, device=device)
+    for number, (start, end) in enumerate(prompt.blocks):
+        block[start:end] = number + 1
+    question = len(prompt.blocks) + 1
+    block[prompt.blocks[-1][1] if prompt.blocks else prompt.length :] = question
+
+    def visible(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        seen = (block[q] == block[k]) | (block[k] == 0) | (block[q] == question)
+        return (k <= q) & seen
+
+    return create_block_mask(
+        visible, None, None, prompt.length, prompt.length, device=device, _compile=True
+    )

@@ -1,0 +1,132 @@
+"""FlashAttention over virtual sequences: dense varlen on gathered keys and values.
+
+FlashAttention's causal mask is aligned to the bottom right, as a virtual sequence needs it, and its
+fast path wants each sequence's keys in a row. So the keys of all virtual sequences are copied
+together, once a layer: three times the cache of a long video, 2 % to 3 % of the attention's time.
+
+The library is the newest that knows the GPU's generation; the only importer of all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+
+from pevlm_kernels.choice import is_installed
+from pevlm_kernels.types import PrefillPlan
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Library(NamedTuple):
+    """A release of FlashAttention.
+
+    Attributes:
+        version: 2, 3 or 4.
+        module: where ``flash_attn_varlen_func`` is.
+        install: the command.
+        generations: major compute capabilities that it was written for.
+        lse_argument: what makes it return the log-sum-exp.
+    """
+
+    version: int
+    module: str
+    install: str
+    generations: tuple[int, ...]
+    lse_argument: str
+
+
+# Best first. FlashAttention-3 is Hopper's; 4 is Blackwell's, and runs from Ampere on; 2 runs
+# everywhere and is tuned for Ampere.
+LIBRARIES = (
+    Library(3, "sgl_kernel.flash_attn", "pip install sglang-kernel", (9,), "return_softmax_lse"),
+    Library(4, "flash_attn.cute", "pip install flash-attn-4", (8, 9, 10, 11, 12), "return_lse"),
+    Library(
+        2,
+        "flash_attn.flash_attn_interface",
+        "pip install flash-attn --no-build-isolation",
+        (8, 9, 10, 12),
+        "return_attn_probs",
+    ),
+)
+
+
+def libraries_for(capability: tuple[int, int]) -> list[Library]:
+    """Those that know a GPU of this compute capability, installed or not, the best first."""
+    found = [library for library in LIBRARIES if capability[0] in library.generations]
+    # On Ampere, FlashAttention-2 is what 4 is measured against.
+    return found[::-1] if capability[0] == 8 else found
+
+
+def library_for(capability: tuple[int, int]) -> Library | None:
+    """The best that is installed."""
+    known = libraries_for(capability)
+    return next((library for library in known if is_installed(library.module)), None)
+
+
+def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """Why FlashAttention does not take these tensors; None if it does."""
+    if q.device.type != "cuda":
+        return f"expected tensors on a CUDA GPU, got {q.device}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if library_for(capability) is None:
+        commands = " or ".join(library.install for library in libraries_for(capability))
+        return f"no FlashAttention for compute capability {capability}: {commands or 'none exists'}"
+    if q.dtype not in DTYPES:
+        return f"expected q in float16 or bfloat16, got {q.dtype}"
+    if q.shape[2] % 8 or q.shape[2] > 256 or v_cache.shape[2] != q.shape[2]:
+        return (
+            "expected heads of a multiple of 8 up to 256, values as wide as keys, "
+            f"got {q.shape[2]} and {v_cache.shape[2]}"
+        )
+    return None
+
+
+def prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+    *,
+    softmax_scale: float,
+    v_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`pevlm_kernels.interface.pevlm_prefill`."""
+    k = k_cache[plan.kv_indices].to(q.dtype)
+    v = v_cache[plan.kv_indices].to(q.dtype)
+    out, lse = varlen(q.device)(
+        q,
+        k,
+        v if v_scale == 1 else v * v_scale,
+        cu_seqlens_q=plan.cu_seqlens_q,
+        cu_seqlens_k=plan.cu_seqlens_k,
+        max_seqlen_q=plan.max_seqlen_q,
+        max_seqlen_k=plan.max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=True,
+    )
+    return out, lse
+
+
+def varlen(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``flash_attn_varlen_func`` of the best library for a GPU, with the argument names that all
+    releases share; returns output and ``[num_q_heads, total_q]`` log-sum-exp."""
+    library = library_for(torch.cuda.get_device_capability(device))
+    assert library is not None, "refusal comes first"
+    return partial(_call, _load(library.module), library.lse_argument)
+
+
+def _call(
+    function: Any, lse_argument: str, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = function(*args, **kwargs, **{lse_argument: True})
+    return out, lse
+
+
+@cache
+def _load(module: str) -> Any:
+    return importlib.import_module(module).flash_attn_varlen_func

@@ -1,0 +1,1 @@
+"""Published checkpoint layouts that transformers does not know."""
