@@ -236,8 +236,9 @@ def test_features_of_videos_and_pictures(model: tuple[Any, LlavaVideoOracle]) ->
 # --- A golden file -------------------------------------------------------------------------------
 
 
-def test_golden_token_stream(process: Any, clip: Any) -> None:
-    """Written by hand from the reference's layout; a row is three features and a newline."""
+def test_golden_token_stream(process: Any, clip: Any, oracle: LlavaVideoOracle) -> None:
+    """A frame is three rows of three features and a newline; a picture beside others 25 features
+    and a newline."""
     wish = [{"url": str(clip()), "max_frames": 3}]
     images = [picture(112, 84, seed) for seed in range(2)]
     cases = {
@@ -247,11 +248,11 @@ def test_golden_token_stream(process: Any, clip: Any) -> None:
     }
     lines = []
     for title, out in cases.items():
-        lines += [f"# {title}", *_runs(out)]
+        lines += [f"# {title}", *_runs(out, oracle.tokenizer)]
     assert "\n".join(lines) + "\n" == GOLDEN.read_text()
 
 
-def _runs(out: Any) -> Iterator[str]:
+def _runs(out: Any, tokenizer: Any) -> Iterator[str]:
     steps = [step for video in spans(*out.mm_items) for step in video.steps]
     places = {start: (end, f"step {i}") for i, (start, end) in enumerate(steps)}
     inputs = SimpleNamespace(mm_items=out.mm_items)
@@ -261,5 +262,6 @@ def _runs(out: Any) -> Iterator[str]:
         after = min((start for start in places if start > at), default=len(out.input_ids))
         end, what = places.get(at, (after, "text"))
         assert (set(out.input_ids[at:end]) == {PLACEHOLDER_ID}) == (what != "text")
-        yield f"[{at}, {end}) {what}"
+        text = repr(tokenizer.decode(out.input_ids[at:end])) if what == "text" else ""
+        yield f"[{at}, {end}) {what}  {text or f'{end - at} placeholders'}"
         at = end
