@@ -9,8 +9,9 @@ system prompt, a video of 256 tokens a frame and a question of 64 tokens (benchm
 Three sweeps: over lengths, over models at 100k tokens, and the paper's, over sink and block sizes
 at 100k tokens. In each cell all peers run one after the other on the same tensors; a time is the
 median of the calls within a second (a quarter of one in the last two sweeps), on a GPU between CUDA
-events, after one that is not counted; where a call takes seconds, it is the time of one. Plans are
-built in that first call, as a model builds them for its first layer.
+events, after one that is not counted; where a call takes seconds, it is the time of one. On a CPU
+it is the shortest, since what others run there only ever adds. Plans are built in the first call,
+as a model builds them for its first layer.
 
 - A gate comes first: rows of every output, at the same length, against the definition in fp64. An
   error above twice that of plain PyTorch has no time in the table, and the program ends with 1.

@@ -10,9 +10,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pevlm_kernels.triton_kernels import attend  # noqa: E402
+from pevlm_kernels.triton_kernels import attend, merge  # noqa: E402
 from pevlm_kernels.triton_prefill import (  # noqa: E402
     LARGE_BYTES,
+    MERGED_ROWS,
     SMALL_BYTES,
     Tiling,
     candidates,
@@ -97,3 +98,18 @@ def test_compiles_and_fits(
         kernel = compiled(architecture, width, dtype, cache_dtype, sizes, has_seams)
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= limit, sizes
+
+
+@pytest.mark.parametrize("architecture", SMALLEST)
+def test_merge_compiles(architecture: int) -> None:
+    constexprs = {"HEAD_DIM": 80, "BLOCK_D": 128, "BLOCK_M": MERGED_ROWS}
+    types = dict.fromkeys(merge.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
+    types |= {
+        "out_ptr": "*bf16",
+        "other_ptr": "*bf16",
+        "lse_ptr": "*fp32",
+        "other_lse_ptr": "*fp32",
+    }
+    positions = {(merge.arg_names.index(name),): value for name, value in constexprs.items()}
+    source = ASTSource(merge, types, constexprs=positions)
+    assert triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["cubin"]

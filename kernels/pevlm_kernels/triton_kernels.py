@@ -162,3 +162,40 @@ def attend_to_tile(
     v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total * shrink + tl.sum(weights, 1), new_largest
+
+
+@triton.jit
+def merge(
+    out_ptr,
+    lse_ptr,
+    other_ptr,
+    other_lse_ptr,
+    num_rows,
+    stride_o,
+    stride_oh,
+    stride_p,
+    stride_ph,
+    stride_lse,
+    stride_other_lse,
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    BLOCK_D: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr,  # noqa: N803
+):
+    """Weigh ``BLOCK_M`` rows of one head of two outputs, into the first."""
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    valid = rows < num_rows
+    inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    lse = tl.load(lse_ptr + head * stride_lse + rows, mask=valid, other=0.0)
+    other_lse = tl.load(other_lse_ptr + head * stride_other_lse + rows, mask=valid, other=0.0)
+    largest = tl.maximum(lse, other_lse)
+    weight = tl.exp(lse - largest)
+    other_weight = tl.exp(other_lse - largest)
+    total = weight + other_weight
+    at = out_ptr + rows[:, None] * stride_o + head * stride_oh + dims[None, :]
+    past = other_ptr + rows[:, None] * stride_p + head * stride_ph + dims[None, :]
+    out = tl.load(at, mask=inside, other=0.0).to(tl.float32) * (weight / total)[:, None]
+    out += tl.load(past, mask=inside, other=0.0).to(tl.float32) * (other_weight / total)[:, None]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + head * stride_lse + rows, largest + tl.log(total), mask=valid)

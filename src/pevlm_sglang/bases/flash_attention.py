@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pevlm_kernels import PrefillPlan
+from pevlm_kernels.flash_paged import token_table
 from pevlm_sglang.backend import PevlmBackend
 from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
@@ -71,13 +71,3 @@ class PevlmFlashAttention(PevlmBackend):
         return super().prepare_paged_mha_query(
             *args, logical_batch_size=logical_batch_size, **kwargs
         )
-
-
-def token_table(plan: PrefillPlan) -> torch.Tensor:
-    """``[num_seqs, max_seqlen_k]`` int32 cache slots, a row a virtual sequence, padded with 0."""
-    device = plan.kv_indices.device
-    lengths = plan.cu_seqlens_k.diff()
-    columns = torch.arange(plan.max_seqlen_k, device=device)
-    table = torch.zeros(plan.num_seqs, plan.max_seqlen_k, dtype=torch.int32, device=device)
-    table[columns < lengths[:, None]] = plan.kv_indices.to(torch.int32)
-    return table
