@@ -138,8 +138,13 @@ def test_chat(exchange: Exchange, clip: Clip) -> None:
     ],
 )
 def test_bad_wishes(exchange: Exchange, clip: Clip, wishes: dict[str, Any], message: str) -> None:
-    content = [{"type": "video_url", "video_url": {"url": str(clip(30)), **wishes}}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
-    response = exchange.server.post("/v1/chat/completions", body)
-    assert (response.status_code, message in response.text) == (400, True), response.text
+    """On ``/generate``: a chat's own checks of such values come before this plugin's."""
+    body = {
+        "text": VIDEO,
+        "video_data": [{"url": str(clip(30)), **wishes}],
+        "sampling_params": {"max_new_tokens": 1},
+    }
+    response = exchange.server.post("/generate", body)
+    assert response.status_code == 400, response.text[:500]
+    assert message in response.json()["error"]["message"]
     assert exchange.server.alive()
