@@ -17,7 +17,6 @@ def server_args(**changes: Any) -> SimpleNamespace:
     """Resolved arguments of an ordinary server."""
     ordinary = {refusal.option: refusal.unless[0] for refusal in _REFUSALS}
     ordinary |= {
-        "tokenizer_worker_num": 1,
         "prefill_attention_backend": None,
         "attention_backend": "fa3",
         "enable_deterministic_inference": False,
@@ -55,6 +54,7 @@ def test_option_that_a_release_lacks_is_passed_over() -> None:
         ("enable_flexkv", True),
         ("radix_cache_backend", "mine"),
         ("enable_mis", True),
+        ("tokenizer_worker_num", 4),
         ("smg_grpc_mode", True),
         ("grpc_mode", True),
         ("kv_cache_dtype", "fp4_e2m1"),
@@ -84,13 +84,6 @@ def test_deterministic_triton_is_refused() -> None:
         check_server_args(args, CONFIG)
     args.prefill_attention_backend = "fa3"
     check_server_args(args, CONFIG)
-
-
-def test_tokenizer_workers_are_refused_with_vision_corrections_alone() -> None:
-    args = server_args(tokenizer_worker_num=4)
-    with pytest.raises(UnsupportedError, match="--tokenizer-worker-num: expected 1, got 4"):
-        check_server_args(args, CONFIG)
-    check_server_args(args, PevlmConfig(vision_fixes=False))
 
 
 def test_unknown_base_backend_is_refused() -> None:

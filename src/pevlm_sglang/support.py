@@ -23,6 +23,7 @@ class _Refusal(NamedTuple):
 _PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
 _ENCODER = "plugins are not loaded in the encoder server, which has the vision tower"
 _LAUNCHER = "its launcher does not check that schedulers report PEVLM active"
+_WORKERS = "plugins are not loaded in its worker processes, where videos are sampled and resized"
 _MEMORY = "cache slots are not token-granular there"
 
 # Options that a release lacks are passed over: there is nothing to refuse.
@@ -44,6 +45,7 @@ _REFUSALS = (
     _Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
     _Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
     _Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
+    _Refusal("tokenizer_worker_num", (1,), _WORKERS),
     _Refusal("smg_grpc_mode", (False,), _LAUNCHER),
     _Refusal("grpc_mode", (False,), _LAUNCHER),
     _Refusal(
@@ -77,12 +79,6 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
         raise UnsupportedError(
             "--pevlm-base-backend fa4: its page tables cannot point at single tokens; choose "
             "fa3, flashinfer or triton"
-        )
-    if config.vision_fixes and resolved.tokenizer_worker_num > 1:
-        raise UnsupportedError(
-            f"--tokenizer-worker-num: expected 1, got {resolved.tokenizer_worker_num}; plugins are "
-            "not loaded in its worker processes, where videos are sampled and resized. "
-            "Leave it out, or serve with --pevlm-vision-fixes false"
         )
     triton = "triton" in (resolved.prefill_attention_backend or resolved.attention_backend or "")
     if triton and getattr(resolved, "enable_deterministic_inference", False):

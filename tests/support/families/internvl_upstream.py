@@ -6,8 +6,6 @@ OUT``; TILES and OUT are files of ``torch.save``.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ from unittest import mock
 import torch
 
 from pevlm_sglang.processors.internvl_frames import Published, tile_layout
+from support.isolated import run_module
 from support.processor import Processor, sglang_processor
-from support.server import DEFAULT_ENV
 
 
 @contextmanager
@@ -67,14 +65,7 @@ def run(model: Path, tiles: torch.Tensor) -> list[torch.Tensor]:
     with tempfile.TemporaryDirectory() as directory:
         paths = Path(directory, "tiles.pt"), Path(directory, "out.pt")
         torch.save(tiles, paths[0])
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(model), *map(str, paths)],
-            env={**os.environ, **DEFAULT_ENV},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_module(__name__, str(model), *map(str, paths))
         states: list[torch.Tensor] = torch.load(paths[1])
         return states
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from support.server import DEFAULT_ENV
+from support.isolated import run_module
 
 VIDEO_CONFIG = {"min_pixels": 3136}  # of SGLang's first resize, which then leaves small clips alone
 
@@ -40,11 +38,7 @@ def run(model: Path, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, to
     """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out.pt"
-        command = [sys.executable, "-m", __name__, str(model), json.dumps(list(requests)), str(out)]
-        done = subprocess.run(
-            command, env={**os.environ, **DEFAULT_ENV}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_module(__name__, str(model), json.dumps(list(requests)), str(out))
         answers: list[dict[str, torch.Tensor]] = torch.load(out)
         return answers
 
@@ -68,11 +62,14 @@ def _sglang() -> Iterator[Any]:
     from sglang.srt import distributed
     from sglang.srt.runtime_context import get_context, get_parallel
 
+    from pevlm_sglang.config import PevlmConfig
+
     with (
         tempfile.NamedTemporaryFile() as store,
         get_context().override_server_args(mm_process_config={"video": VIDEO_CONFIG}) as args,
         get_parallel().override(tp_rank=0, attn_tp_rank=0, pp_rank=0),
     ):
+        args._pevlm_config = PevlmConfig()
         distributed.init_distributed_environment(
             world_size=1,
             rank=0,

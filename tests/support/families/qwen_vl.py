@@ -53,7 +53,11 @@ class QwenVLOracle(Oracle):
             clips = [upstream_sample(_path(video)) for video in videos]
         else:
             clips = [
-                reference_video(_path(video), {**self.knobs, **getattr(video, "wishes", {})})
+                reference_video(
+                    _path(video),
+                    {**self.knobs, **getattr(video, "wishes", {})},
+                    image_patch_size=self.model.config.vision_config.patch_size,
+                )
                 for video in videos
             ]
         return reference_inputs(self.processor, prompt, clips, images)

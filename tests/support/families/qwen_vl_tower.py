@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from support.server import DEFAULT_ENV
+from support.isolated import run_module
 
 
 def run(model: Path, pixels: torch.Tensor, grid: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -29,14 +27,7 @@ def run(model: Path, pixels: torch.Tensor, grid: torch.Tensor) -> dict[str, torc
     with tempfile.TemporaryDirectory() as directory:
         paths = Path(directory, "pixels.pt"), Path(directory, "out.pt")
         torch.save((pixels, grid), paths[0])
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(model), *map(str, paths)],
-            env={**os.environ, **DEFAULT_ENV},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_module(__name__, str(model), *map(str, paths))
         features: dict[str, torch.Tensor] = torch.load(paths[1])
         return features
 
