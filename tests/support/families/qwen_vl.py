@@ -52,8 +52,13 @@ class QwenVLOracle(Oracle):
         if self.upstream_vision:
             clips = [upstream_sample(_path(video)) for video in videos]
         else:
+            patch = self.model.config.vision_config.patch_size
             clips = [
-                reference_video(_path(video), {**self.knobs, **getattr(video, "wishes", {})})
+                reference_video(
+                    _path(video),
+                    {**self.knobs, **getattr(video, "wishes", {})},
+                    image_patch_size=patch,
+                )
                 for video in videos
             ]
         return reference_inputs(self.processor, prompt, clips, images)
