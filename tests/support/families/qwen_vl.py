@@ -52,11 +52,12 @@ class QwenVLOracle(Oracle):
         if self.upstream_vision:
             clips = [upstream_sample(_path(video)) for video in videos]
         else:
+            patch = self.model.config.vision_config.patch_size
             clips = [
                 reference_video(
                     _path(video),
                     {**self.knobs, **getattr(video, "wishes", {})},
-                    image_patch_size=self.model.config.vision_config.patch_size,
+                    image_patch_size=patch,
                 )
                 for video in videos
             ]
