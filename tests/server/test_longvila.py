@@ -133,7 +133,7 @@ def test_chat(exchange: Exchange, clip: Clip) -> None:
     [
         ({"max_frames": 61}, "max_frames: expected at most 60, the server's limit, got 61"),
         ({"max_frames": 0}, "max_frames: expected a whole number of more than 0, got 0"),
-        ({"fps": "2"}, "fps: expected a number of more than 0, got '2'"),
+        ({"fps": -1}, "fps: expected a number of more than 0, got -1"),
     ],
 )
 def test_bad_wishes(exchange: Exchange, clip: Clip, wishes: dict[str, Any], message: str) -> None:
@@ -145,5 +145,5 @@ def test_bad_wishes(exchange: Exchange, clip: Clip, wishes: dict[str, Any], mess
     }
     response = exchange.server.post("/generate", body)
     assert response.status_code == 400, response.text[:500]
-    assert message in response.json()["error"]["message"]
+    assert message in response.text
     assert exchange.server.alive()
