@@ -97,7 +97,7 @@ def _internvl(image_size: int = 448, patch_size: int = 14, **fields: Any) -> Fra
     )
 
 
-def _longvila(image_size: int = 384, patch_size: int = 14, **fields: Any) -> FrameGeometry:
+def _longvila(image_size: int = 448, patch_size: int = 14, **fields: Any) -> FrameGeometry:
     return FrameGeometry(
         "llava_llama",
         image_size,
@@ -106,13 +106,15 @@ def _longvila(image_size: int = 384, patch_size: int = 14, **fields: Any) -> Fra
         has_labels=False,
         template_tokens=(8, 5),
         default_prompt_tokens=6,  # "You are a helpful assistant."
-        **{"merge_size": 2, "num_frames": 256, "context_length": 65_536} | fields,
+        **{"merge_size": 2, "num_frames": longvila.DEFAULT_NUM_FRAMES, "context_length": 131_072}
+        | fields,
     )
 
 
 PUBLISHED = {"internvl3_5": _internvl(), "longvila": _longvila()}
-"""Of the published checkpoints. LongVILA's files were not at hand: its frames of 384 pixels follow
-from 274k tokens for 1400 frames (arXiv 2408.10188), its context from 256 of them."""
+"""Of the published checkpoints. LongVILA-7B-256f's files were not at hand: its frames of 448 pixels
+are those of its training script (longvila/train/5_long_sft_256frames.sh) and fit the PEVLM paper's
+"approximately 4k tokens" for 16 of them; its context is what 256 frames need, to a power of two."""
 
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> FrameGeometry:
