@@ -86,6 +86,7 @@ DEPLOYMENTS = {
     ),
     "longvila": Deployment(
         ("--chunked-prefill-size", "131"),
+        NO_EMBEDDING_CACHE,
         architecture="longvila",
         oracle=longvila.LongVilaOracle,
         video=("--mm-process-config", '{"video": {"max_frames": 60}}'),
@@ -124,6 +125,7 @@ DEPLOYMENTS = {
     ),
     "internvl": Deployment(
         ("--chunked-prefill-size", "131"),
+        NO_EMBEDDING_CACHE,
         architecture="internvl",
         oracle=partial(InternVLOracle, num_frames=12),
         video=TWELVE_FRAMES,

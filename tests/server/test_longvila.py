@@ -132,14 +132,9 @@ def test_chat(exchange: Exchange, clip: Clip) -> None:
     ("wishes", "message"),
     [
         ({"max_frames": 61}, "max_frames: expected at most 60, the server's limit, got 61"),
-<<<<<<< HEAD
         ({"max_frames": 0}, "max_frames"),  # in SGLang's words
         ({"fps": "often"}, "fps"),
         ({"max_pixels": 3136}, "max_pixels: expected one of fps, max_frames for this model"),
-=======
-        ({"max_frames": 0}, "max_frames: expected a whole number of more than 0, got 0"),
-        ({"fps": -1}, "fps: expected a number of more than 0, got -1"),
->>>>>>> vila
     ],
 )
 def test_bad_wishes(exchange: Exchange, clip: Clip, wishes: dict[str, Any], message: str) -> None:
