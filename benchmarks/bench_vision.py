@@ -24,7 +24,27 @@ runs the small model in float32.) And the PEVLM side must have run the tower onc
 - Time of one run, a frame: SGLang's tower attends over the whole video, so it grows with the length
   of the video. PEVLM's attends within each step, so it does not.
 
-The GPU side was never run: unmeasured.
+The GPU side was never run: unmeasured. Sample output on a CPU, of a virtual machine that others
+kept busier than it has cores (load 6.9 on 2): the runs are exact, the times are blurred, the middle
+row's most (the last line, one JSON object, is left out):
+
+    Intel(R) Xeon(R) Processor, cores 2, threads 2, load 6.9
+    starting the server: upstream
+      gate: 5.7e-06 from its own reference, 4.1e+00 from the other's
+      32 frames: 2 runs, 0.53 s
+      64 frames: 4 runs, 3.23 s
+      128 frames: 7 runs, 16.85 s
+    starting the server: pevlm
+      gate: 5.7e-06 from its own reference, 4.1e+00 from the other's
+      32 frames: 1 runs, 0.23 s
+      64 frames: 1 runs, 0.96 s
+      128 frames: 1 runs, 1.20 s
+
+                     tower runs   a run, ms a frame          tower                 first token
+    frames  tokens  SGLang  PEVLM   SGLang    PEVLM   SGLang   PEVLM  ratio   SGLang   PEVLM  ratio
+        32     799       2      1     8.21     7.27   0.53 s  0.23 s   2.3x   0.65 s  0.35 s  1.83x
+        64    1567       4      1    12.61    15.02   3.23 s  0.96 s   3.4x   3.47 s  1.61 s  2.16x
+       128    3103       7      1    18.80     9.41  16.85 s  1.20 s  14.0x  17.39 s  1.86 s  9.37x
 """
 
 from __future__ import annotations
@@ -239,16 +259,16 @@ def write_7b(directory: Path, small: Path) -> Path:
 
 def table(figures: dict[str, list[Figures]]) -> str:
     """A row a video: SGLang's figure, PEVLM's, and their ratio."""
-    head = f"{'':15}{'tower runs':^15}{'a run, ms a frame':^21}{'tower':^24}{'first token':^26}"
-    names = "".join(f"{'SGLang':>{w}}{'PEVLM':>{w}}" for w in (7, 10))
-    names += 2 * f"{'SGLang':>9}{'PEVLM':>8}{'ratio':>8}"
+    head = f"{'':15}{'tower runs':^15}{'a run, ms a frame':^18}{'tower':^24}{'first token':>18}"
+    names = "".join(f"{'SGLang':>{w}}{'PEVLM':>{w}}" for w in (7, 9))
+    names += 2 * f"{'SGLang':>9}{'PEVLM':>8}{'ratio':>7}"
     lines = [head, f"{'frames':>6}{'tokens':>8} {names}"]
     for up, own in zip(*(figures[side] for side in SIDES), strict=True):
         lines.append(
             f"{up.frames:>6}{up.prompt_tokens:>8} {up.runs:>7}{own.runs:>7}"
-            f"{up.frame_ms:>10.2f}{own.frame_ms:>10.2f}"
-            f"{up.vision_s:>7.2f} s{own.vision_s:>6.2f} s{up.vision_s / own.vision_s:>7.1f}x"
-            f"{up.ttft_s:>7.2f} s{own.ttft_s:>6.2f} s{up.ttft_s / own.ttft_s:>7.2f}x"
+            f"{up.frame_ms:>9.2f}{own.frame_ms:>9.2f}"
+            f"{up.vision_s:>7.2f} s{own.vision_s:>6.2f} s{up.vision_s / own.vision_s:>6.1f}x"
+            f"{up.ttft_s:>7.2f} s{own.ttft_s:>6.2f} s{up.ttft_s / own.ttft_s:>6.2f}x"
         )
     return "\n".join(lines)
 
