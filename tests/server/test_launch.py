@@ -97,7 +97,7 @@ def test_unknown_video_setting_is_refused(model: Callable[[str], Path]) -> None:
     """SGLang itself would ignore it, for a model that samples a fixed number of frames."""
     flags = ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"fps": 2}}')
     written = _refusal(model("internvl"), *flags)
-    reason = "video fps: expected one of num_frames, max_frames for this model"
+    reason = "video knob fps: expected one of num_frames, max_frames"
     assert f"PEVLM: --mm-process-config: {reason}" in written
     assert "Load weight" not in written
 
