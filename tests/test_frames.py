@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pevlm_sglang.families import qwen_vl
+from pevlm_sglang.families import internvl, qwen3_vl, qwen_vl
 from pevlm_sglang.families.refused import REASONS
 from pevlm_sglang.frames import FrameSpanError, Prompt, SpanRule
 from pevlm_sglang.layout import FrameSpans
@@ -266,3 +266,29 @@ def test_refused_models_are_sglang_s_own() -> None:
         for name in re.findall(r"^class (\w+)", source.read_text(), re.MULTILINE)
     }
     assert set(REASONS) <= defined
+
+
+# --- Inputs that nobody's processor makes ----------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [[4, 8, 8], 7, [[1, 2]], [["a", 1, 1]], [None]])
+@pytest.mark.parametrize("family", [qwen_vl, qwen3_vl])
+def test_grid_of_another_shape_is_refused(family: Any, grid: Any) -> None:
+    bad = Item(
+        modality=Modality.VIDEO, offsets=[(0, 3)], model_specific_data={"video_grid_thw": grid}
+    )
+    with pytest.raises(FrameSpanError, match="video_grid_thw: expected rows of three numbers"):
+        SpanRule(family, 2).spans(
+            SimpleNamespace(mm_items=[bad]), Prompt([7] * 4, object()), image_runs=False
+        )
+
+
+@pytest.mark.parametrize("mark", [5, [[1]], [[1, "a"]], "x", [None]])
+def test_mark_of_another_shape_is_refused(mark: Any) -> None:
+    bad = Item(
+        modality=Modality.VIDEO, offsets=[(0, 3)], model_specific_data={"pevlm_videos": mark}
+    )
+    with pytest.raises(FrameSpanError, match="expected a video that this server sampled itself"):
+        SpanRule(internvl, 1).spans(
+            SimpleNamespace(mm_items=[bad]), Prompt([7] * 4), image_runs=False
+        )

@@ -10,7 +10,7 @@ import torch
 
 from pevlm_sglang.huggingface import Frames, pevlm_frames, register
 from pevlm_sglang.layout import FrameSpans
-from support.families.qwen_vl import QwenVLOracle
+from support.families.qwen_vl import QwenVLOracle, mrope_positions
 from support.oracle import Setting
 from support.tiny import make_tiny_model
 
@@ -61,7 +61,10 @@ def logprobs(model: Any, oracle: QwenVLOracle, inputs: dict[str, Any], **options
     pixels = {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw")}
     with torch.no_grad():
         out = model(
-            input_ids=ids, position_ids=oracle._positions(inputs, ids[0]), **pixels, **options
+            input_ids=ids,
+            position_ids=mrope_positions(oracle.model.config, inputs, ids[0]),
+            **pixels,
+            **options,
         )
     return out.logits[0].log_softmax(dim=-1), out.past_key_values
 
@@ -96,7 +99,7 @@ def test_decode_and_chunks_go_on_from_the_cache(
     """A cached prompt, one token, and three more at once, which is a chunk after a prefix."""
     answer = [30, 31, 32, 33]
     ids = torch.cat([inputs["input_ids"][0], torch.tensor(answer)])
-    positions, n = oracle._positions(inputs, ids), len(ids) - 4
+    positions, n = mrope_positions(oracle.model.config, inputs, ids), len(ids) - 4
     with pevlm_frames(spans(oracle, inputs), sink_frames=SINK, block_frames=BLOCK) as frames:
         first, cache = logprobs(model, oracle, inputs, use_cache=True)
         parts = [first]

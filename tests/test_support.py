@@ -54,6 +54,7 @@ def test_option_that_a_release_lacks_is_passed_over() -> None:
         ("enable_flexkv", True),
         ("radix_cache_backend", "mine"),
         ("enable_mis", True),
+        ("model_impl", "transformers"),
         ("tokenizer_worker_num", 4),
         ("smg_grpc_mode", True),
         ("grpc_mode", True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -117,6 +118,24 @@ def item_ranges(item: Any) -> list[Range]:
     if not item.offsets:
         raise FrameSpanError(f"{item.modality.name.lower()} item: expected offsets, got none")
     return [(int(start), int(end) + 1) for start, end in item.offsets]
+
+
+def grid_rows(item: Any) -> list[list[int]]:
+    """``video_grid_thw`` of an item: steps, patches in a column and in a row, a video.
+
+    Raises:
+        FrameSpanError: the item has none, or one of another shape.
+    """
+    grid = item.model_specific_data.get("video_grid_thw")
+    if grid is None:
+        raise FrameSpanError("video item: expected video_grid_thw, got none")
+    rows = grid.tolist() if hasattr(grid, "tolist") else grid
+    try:
+        return [[int(t), int(h), int(w)] for t, h, w in rows]
+    except (TypeError, ValueError):
+        raise FrameSpanError(
+            f"video_grid_thw: expected rows of three numbers, got {reprlib.repr(rows)}"
+        ) from None
 
 
 def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:

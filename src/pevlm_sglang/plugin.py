@@ -105,10 +105,10 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices
 
+    external.register_checkpoints()
     for target, name in _HOOKS.items():
         kind = HookType[name.split("_")[1].upper()]
         HookRegistry.register(target, globals()[name], kind)
-    external.register_checkpoints()
     Engine.server_args_class = staticmethod(_engine_server_args)
     register_attention_backend(arguments.NAME)(_refuse_unresolved_name)
     add_attention_backend_choices([arguments.NAME])
@@ -202,8 +202,9 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
     support.check_server_args(resolved, config)
-    if config.vision_fixes:
-        processors.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
+    if _in_our_hands(hf_config):
+        settings = (resolved.mm_process_config or {}).get("video", {})
+        processors.check_launch(hf_config, settings, vision_fixes=config.vision_fixes)
         processors.offer_chat_template(hf_config.architectures or (), resolved.model_path)
     logger.info("PEVLM configuration: %s", config.describe())
 
@@ -212,9 +213,12 @@ def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
     with_pevlm = _Process.config is not None and _in_our_hands(hf_config)
-    return processors.for_architectures(
-        processor, hf_config.architectures or (), with_pevlm=with_pevlm
-    )
+    try:
+        return processors.for_architectures(
+            processor, hf_config.architectures or (), with_pevlm=with_pevlm
+        )
+    except UnsupportedError as error:
+        _stop(error)
 
 
 def _in_our_hands(hf_config: Any) -> bool:
@@ -234,7 +238,10 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
     external.register_models(config.hf_config.architectures or ())
     model, name = get_model_architecture(config)
     if _Process.config is not None and _Process.config.vision_fixes:
-        model = corrections.for_architecture(model, name)
+        try:
+            model = corrections.for_architecture(model, name)
+        except UnsupportedError as error:
+            _stop(error)
     return model, name
 
 

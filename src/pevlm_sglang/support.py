@@ -23,6 +23,7 @@ class _Refusal(NamedTuple):
 _PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
 _ENCODER = "plugins are not loaded in the encoder server, which has the vision tower"
 _LAUNCHER = "its launcher does not check that schedulers report PEVLM active"
+_MODELS = "its models and processors are others than those that PEVLM was made for"
 _WORKERS = "plugins are not loaded in its worker processes, where videos are sampled and resized"
 _MEMORY = "cache slots are not token-granular there"
 
@@ -45,6 +46,7 @@ _REFUSALS = (
     _Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
     _Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
     _Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
+    _Refusal("model_impl", ("auto", "sglang"), _MODELS),
     _Refusal("tokenizer_worker_num", (1,), _WORKERS),
     _Refusal("smg_grpc_mode", (False,), _LAUNCHER),
     _Refusal("grpc_mode", (False,), _LAUNCHER),

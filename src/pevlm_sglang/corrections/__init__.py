@@ -5,6 +5,8 @@ from __future__ import annotations
 import pkgutil
 from typing import Any
 
+from pevlm_sglang.support import UnsupportedError
+
 _MODELS = {"LlavaQwenForCausalLM": "pevlm_sglang.corrections.llava_video:LlavaQwenForCausalLM"}
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
 
@@ -19,6 +21,12 @@ def for_architecture(upstream: type, architecture: str) -> type:
     if not corrected(architecture):
         return upstream
     model: Any = pkgutil.resolve_name(_MODELS[architecture])
+    if not issubclass(model, upstream):
+        raise UnsupportedError(
+            f"{architecture}: expected SGLang's own model, got {upstream.__module__}."
+            f"{upstream.__name__}; leave out what put it there, or serve with "
+            "--pevlm-vision-fixes false"
+        )
     return model
 
 

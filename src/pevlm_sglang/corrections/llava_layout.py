@@ -5,6 +5,7 @@ Source: LLaVA-NeXT, ``prepare_inputs_labels_for_multimodal`` in llava/model/llav
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -13,9 +14,13 @@ from typing import Any
 
 def vision_config(hf_config: Any) -> Any:
     """The configuration of the vision tower, which ``mm_vision_tower`` names."""
+    return _read_vision_config(hf_config.mm_vision_tower)
+
+
+@functools.cache  # it may come from the hub, and every tiled image asks for it
+def _read_vision_config(name: str) -> Any:
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    name = hf_config.mm_vision_tower
     kind = CLIPVisionConfig if "clip" in name else SiglipVisionConfig
     return kind.from_pretrained(name)
 

@@ -76,11 +76,15 @@ def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[Frame
     ]
 
 
+def _is_mark(mark: Any) -> bool:
+    return isinstance(mark, list | tuple) and [type(part) for part in mark] == [int, int]
+
+
 def _videos(item: Any, inputs: Any, ids: Sequence[int]) -> list[list[Range]]:
     """The steps of each video of one item."""
     frames = item_ranges(item)
     marks = item.model_specific_data.get(_MARK)
-    if marks is None:
+    if not isinstance(marks, list) or not all(map(_is_mark, marks)):
         raise FrameSpanError(
             "video item: expected a video that this server sampled itself, got one that was "
             "processed before (processor_output, precomputed_embedding); send a video, or "

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pevlm_sglang.frames import FrameSpanError, Prompt, image_ranges, item_ranges
+from pevlm_sglang.frames import FrameSpanError, Prompt, grid_rows, image_ranges, item_ranges
 from pevlm_sglang.layout import FrameSpans, Range
 
 __all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
@@ -58,10 +58,7 @@ def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[Frame
 def _videos(item: Any) -> list[list[Range]]:
     """The placeholders of each video of one VIDEO item, one range a step."""
     ranges = item_ranges(item)
-    grid = item.model_specific_data.get("video_grid_thw")
-    if grid is None:
-        raise FrameSpanError("video item: expected video_grid_thw, got none")
-    steps = [int(row[0]) for row in (grid.tolist() if hasattr(grid, "tolist") else grid)]
+    steps = [row[0] for row in grid_rows(item)]
     if min(steps, default=0) < 1 or sum(steps) != len(ranges):
         raise FrameSpanError(
             f"video item: expected one offset a step, for videos of {steps} steps in "

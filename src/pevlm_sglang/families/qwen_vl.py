@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pevlm_sglang.frames import FrameSpanError, Prompt, image_ranges, item_ranges
+from pevlm_sglang.frames import FrameSpanError, Prompt, grid_rows, image_ranges, item_ranges
 from pevlm_sglang.layout import FrameSpans
 
 __all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
@@ -44,17 +44,14 @@ def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[Frame
 def _videos(item: Any, frames_per_step: int) -> list[FrameSpans]:
     """The videos of one VIDEO item."""
     ranges = item_ranges(item)
-    grid = item.model_specific_data.get("video_grid_thw")
-    if grid is None:
-        raise FrameSpanError("video item: expected video_grid_thw, got none")
-    rows = grid.tolist() if hasattr(grid, "tolist") else grid
+    rows = grid_rows(item)
     if len(rows) != len(ranges):
         raise FrameSpanError(
             f"video item: expected one offset a video ({len(rows)} in video_grid_thw), "
             f"got {len(ranges)}"
         )
     return [
-        FrameSpans(tuple(_equal_steps(start, end, int(row[0]))), frames_per_step)
+        FrameSpans(tuple(_equal_steps(start, end, row[0])), frames_per_step)
         for (start, end), row in zip(ranges, rows, strict=True)
     ]
 

@@ -29,6 +29,7 @@ none; as ``module:name``."""
 _MENDED: dict[str, str] = {
     "NVILAForConditionalGeneration": "pevlm_sglang.processors.nvila:NvilaProcessor",
     "NVILALiteForConditionalGeneration": "pevlm_sglang.processors.nvila:NvilaProcessor",
+    "JetVLMForConditionalGeneration": "pevlm_sglang.processors.nvila:NvilaProcessor",
 }
 """The same, of models that PEVLM does not serve, whose videos fail with SGLang's own class."""
 
@@ -49,30 +50,44 @@ def for_architectures(
 
     Returns:
         This plugin's class, or ``upstream`` where the plugin has none.
+
+    Raises:
+        UnsupportedError: on a server with PEVLM, a class that is not SGLang's own.
     """
     ours = _MENDED if upstream is not None and not with_pevlm else {**_PROCESSORS, **_MENDED}
     for name in architectures:
         if name in ours:
             processor: Any = pkgutil.resolve_name(ours[name])
-            return processor
+            if upstream is None or issubclass(processor, upstream):
+                return processor
+            if with_pevlm:  # without our class, the video is not what this server says it is
+                raise UnsupportedError(
+                    f"{name}: expected SGLang's own multimodal processor, got {upstream.__module__}"
+                    f".{upstream.__name__}; leave out what put it there, or serve without "
+                    "--attention-backend pevlm"
+                )
     return upstream
 
 
-def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
+def check_launch(
+    hf_config: Any, video_config: Mapping[str, Any], *, vision_fixes: bool = True
+) -> None:
     """Refuse video settings of a server before it starts, as far as the processor can tell.
 
     Args:
         hf_config: of the model.
         video_config: the ``video`` section of SGLang's ``--mm-process-config``.
+        vision_fixes: of the server. Without them SGLang itself reads the settings of Qwen's models,
+            and takes more names than this plugin.
 
     Raises:
         UnsupportedError: an unknown name, or a bad value.
     """
-    processor: Any = for_architectures(None, hf_config.architectures or ())
-    if processor is None:
+    found = [_PROCESSORS[name] for name in hf_config.architectures or () if name in _PROCESSORS]
+    if not found or (found[0] == _QWEN_VL and not vision_fixes):
         return
     try:
-        processor.check_launch(hf_config, video_config)
+        pkgutil.resolve_name(found[0]).check_launch(hf_config, video_config)
     except ValueError as error:
         raise UnsupportedError(f"--mm-process-config: {error}") from None
 
@@ -82,10 +97,11 @@ def offer_chat_template(architectures: Iterable[str], model_path: str) -> None:
 
     ``--chat-template`` takes precedence.
     """
-    from sglang.srt.parser.conversation import register_conv_template_matching_function
+    from sglang.srt.parser.conversation import matching_function_registry
 
     for name in architectures:
         if template := _CHAT_TEMPLATES.get(name):
-            register_conv_template_matching_function(
-                lambda path, template=template: template if path == model_path else None
+            # First, because SGLang's own look for other models' names anywhere in the path.
+            matching_function_registry.insert(
+                0, lambda path, template=template: template if path == model_path else None
             )

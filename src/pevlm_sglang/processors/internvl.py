@@ -20,7 +20,6 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor
-from sglang.srt.runtime_context import get_model
 from sglang.srt.utils import get_device
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
@@ -29,6 +28,8 @@ from pevlm_sglang.families import internvl
 from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.processors.internvl_frames import Preparation, Published, Upstream, tile_layout
 from pevlm_sglang.processors.sampling import Sampling, split
+from pevlm_sglang.processors.tower_dtype import tower_dtype
+from pevlm_sglang.processors.video_file import decoding
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class PevlmInternVLProcessor(InternVLProcessor):
         config: PevlmConfig = server_args._pevlm_config
         self._published = config.vision_fixes
         self._preparation: Preparation = (
-            Published(self._size, _tile_dtype(hf_config))
+            Published(self._size, tower_dtype(hf_config))
             if self._published
             else Upstream(self.dynamic_preprocess, get_device())
         )
@@ -131,10 +132,11 @@ class PevlmInternVLProcessor(InternVLProcessor):
 
     def _sample(self, video: VideoDecoderWrapper, count: int, most: int) -> _Video:
         """``count`` frames of a video; runs in a thread, because decoding takes its time."""
-        frames = [
-            self._preparation.tiles(_picture(video[index]), most, is_image=False)
-            for index in self._preparation.indices(len(video), count)
-        ]
+        with decoding():
+            frames = [
+                self._preparation.tiles(_picture(video[index]), most, is_image=False)
+                for index in self._preparation.indices(len(video), count)
+            ]
         return _Video(torch.cat(frames), tuple(len(tiles) for tiles in frames))
 
     def _counts(
@@ -275,14 +277,6 @@ def opening_tokens(tokenizer: Any, before: Sequence[int], label: str) -> int:
 def _picture(frame: Any) -> Image.Image:
     """A decoded frame, ``[height, width, 3]`` uint8; a tensor where SGLang decodes on the GPU."""
     return Image.fromarray(frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame)
-
-
-def _tile_dtype(hf_config: Any) -> torch.dtype:
-    """bfloat16 where the tower rounds its input to it anyway: half the bytes to send."""
-    wanted = str(get_model().dtype)
-    if wanted == "auto":
-        wanted = str(getattr(hf_config, "dtype", None))
-    return torch.bfloat16 if wanted.endswith("bfloat16") else torch.float32
 
 
 def _knobs(video_config: Mapping[str, Any]) -> FrameKnobs:

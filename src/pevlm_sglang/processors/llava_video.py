@@ -37,6 +37,7 @@ from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.families.llava_geometry import DEFAULT_NUM_FRAMES, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video import FRAMES
 from pevlm_sglang.processors.sampling import Sampling, split
+from pevlm_sglang.processors.video_file import decoding, frames_of, length_and_rate
 
 IMAGE, VIDEO = "<image>", "<video>"
 _PLACEHOLDER = re.compile(f"{IMAGE}|{VIDEO}")
@@ -185,21 +186,18 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         return {IMAGE: media[: len(images)], VIDEO: media[len(images) :]}
 
     def _video(self, video: Any, wish: Sampling) -> _Medium:
-        decoder = load_video(video, use_gpu=False)
-        try:
-            if not len(decoder):
-                raise ValueError("video: expected at least one frame, got none")
-            indices = sampled_frames(
-                len(decoder),
-                decoder.avg_fps,
-                wish.max_frames or self._knobs.num_frames,
-                wish.fps or self._knobs.fps,
-            )
-            distinct = sorted(set(indices))
-            frames = dict(zip(distinct, decoder.get_frames_at(distinct), strict=True))
-        except RuntimeError as error:  # torchcodec's, for a stream that breaks off
-            raise ValueError(f"video: could not be decoded: {error}") from error
-        pixels = {i: self._preprocess(Image.fromarray(frame)) for i, frame in frames.items()}
+        with decoding():
+            decoder = load_video(video, use_gpu=False)
+        indices = sampled_frames(
+            *length_and_rate(decoder),
+            wish.max_frames or self._knobs.num_frames,
+            wish.fps or self._knobs.fps,
+        )
+        distinct = sorted(set(indices))
+        pixels = {
+            i: self._preprocess(Image.fromarray(frame))
+            for i, frame in zip(distinct, frames_of(decoder, distinct), strict=True)
+        }
         return _Medium.of(
             Modality.VIDEO,
             torch.stack([pixels[i] for i in indices]),

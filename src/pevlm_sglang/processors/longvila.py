@@ -31,8 +31,9 @@ from pevlm_sglang.checkpoints.vila import IMAGE_TOKEN, VIDEO_TOKEN
 from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.families.longvila import frames_at_rate
 from pevlm_sglang.processors.sampling import Sampling, split
+from pevlm_sglang.processors.tower_dtype import tower_dtype
+from pevlm_sglang.processors.video_file import frames_of, length_and_rate
 
-DECODED_AT_ONCE = 32  # frames of full size in memory
 _PLACEHOLDERS = {Modality.IMAGE: IMAGE_TOKEN, Modality.VIDEO: VIDEO_TOKEN}
 
 
@@ -58,6 +59,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
             video_token_id=self._ids[Modality.VIDEO],
         ).build(processor)
         self._knobs = FrameKnobs.of(self.video_config, default=hf_config.num_video_frames)
+        self._dtype = tower_dtype(hf_config)
 
     @classmethod
     def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -165,25 +167,22 @@ class LongVilaProcessor(BaseMultimodalProcessor):
     # --- Pixels ---------------------------------------------------------------------------------
 
     def _video(self, video: Any, wish: Sampling) -> torch.Tensor:
-        """``[frames, 3, size, size]`` fp32 pixels of a video's sampled frames."""
+        """``[frames, 3, size, size]`` pixels of a video's sampled frames."""
         indices = frame_indices(
-            len(video),
-            video.avg_fps,
+            *length_and_rate(video),
             most=wish.max_frames or self._knobs.num_frames,
             fps=wish.fps or self._knobs.fps,
         )
         distinct, which = np.unique(indices, return_inverse=True)
-        pixels = []
-        for start in range(0, len(distinct), DECODED_AT_ONCE):
-            part = distinct[start : start + DECODED_AT_ONCE].tolist()
-            pixels.append(self._pixels([Image.fromarray(f) for f in video.get_frames_at(part)]))
-        return torch.cat(pixels)[torch.from_numpy(which)]
+        frames = frames_of(video, distinct.tolist())
+        pixels = torch.cat([self._pixels([Image.fromarray(frame)]) for frame in frames])
+        return pixels[torch.from_numpy(which)]
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels: torch.Tensor = self._processor.image_processor(
             list(images), return_tensors="pt"
         ).pixel_values
-        return pixels
+        return pixels.to(self._dtype)
 
     def _is_tiled(self, images: Sequence[Any], videos: Sequence[Any]) -> bool:
         """Whether an image is cut in tiles: the only picture of a prompt is, where the checkpoint

@@ -9,15 +9,15 @@ Source: ``_load_video`` in ``llava/utils/media.py`` of github.com/NVlabs/VILA.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES, NVILAMultimodalProcessor
 
-from pevlm_sglang.families.frame_knobs import FrameKnobs
+from pevlm_sglang.families.frame_knobs import KNOBS, FrameKnobs
 from pevlm_sglang.processors.longvila import frame_indices
 from pevlm_sglang.processors.sampling import Sampling, split
+from pevlm_sglang.processors.video_file import frames_of, length_and_rate
 
 
 class NvilaProcessor(NVILAMultimodalProcessor):
@@ -27,16 +27,14 @@ class NvilaProcessor(NVILAMultimodalProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._knobs = FrameKnobs.of(self.video_config, default=NUM_VIDEO_FRAMES)
-
-    @classmethod
-    def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
-        """Refuse bad video settings of a server.
-
-        Raises:
-            ValueError: an unknown name, or a bad value.
-        """
-        FrameKnobs.of(video_config, default=NUM_VIDEO_FRAMES)
+        # SGLang's class reads none of these, and an unknown one must not end its server.
+        given = {name: self.video_config[name] for name in KNOBS if name in self.video_config}
+        frames = given.get("num_frames", NUM_VIDEO_FRAMES)
+        most = given.get("max_frames", max(frames, FrameKnobs.max_frames))
+        self._knobs = FrameKnobs.of(
+            {**given, "num_frames": min(frames, most), "max_frames": most},
+            default=NUM_VIDEO_FRAMES,
+        )
 
     async def process_mm_data_async(
         self,
@@ -77,9 +75,8 @@ class NvilaProcessor(NVILAMultimodalProcessor):
     def _frames(self, video: Any, wish: Sampling) -> list[Any]:
         """``[height, width, 3]`` uint8 arrays of a video's sampled frames."""
         indices = frame_indices(
-            len(video),
-            video.avg_fps,
+            *length_and_rate(video),
             most=wish.max_frames or self._knobs.num_frames,
             fps=wish.fps or self._knobs.fps,
         )
-        return list(video.get_frames_at(indices.tolist()))
+        return list(frames_of(video, indices.tolist()))

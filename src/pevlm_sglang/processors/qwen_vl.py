@@ -22,6 +22,7 @@ from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_geometry import KNOBS, QwenGeometry, VideoKnobs
 from pevlm_sglang.processors.sampling import Sampling, split
+from pevlm_sglang.processors.video_file import decoding, length_and_rate
 
 _METADATA = "pevlm_video_metadata"
 _FRAMES_AT_ONCE = 16  # of a resize, which computes in fp32
@@ -161,10 +162,11 @@ def sample_and_resize(
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
     in one piece and cast to fp32 at the end, to the same values.
     """
-    total, fps = len(video), float(video.avg_fps)
+    total, fps = length_and_rate(video)
     count = geometry.sampled_frames(total, fps, knobs)
     indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
+    with decoding():
+        frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
     size = frames.shape[-1], frames.shape[-2]
     width, height = geometry.resized(count, size, knobs)
     frames = torch.cat(

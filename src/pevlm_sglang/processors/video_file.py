@@ -1,0 +1,53 @@
+"""Reading a video file. What is wrong with a file costs its request HTTP 400, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_AT_ONCE = 32  # frames of full size in memory
+
+
+def length_and_rate(video: Any) -> tuple[int, float]:
+    """Frames, and frames a second, of SGLang's ``VideoDecoderWrapper``.
+
+    Raises:
+        ValueError: a file without frames, or one that does not say its rate.
+    """
+    frames, rate = len(video), video.avg_fps
+    if not frames:
+        raise ValueError("video: expected at least one frame, got none")
+    if not rate or not 0 < rate < math.inf:
+        raise ValueError(f"video: expected a frame rate, got {rate}")
+    return frames, float(rate)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """A block that decodes frames.
+
+    Raises:
+        ValueError: a stream that breaks off, for which torchcodec has a ``RuntimeError``.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"video: could not be decoded: {error}") from error
+
+
+def frames_of(video: Any, indices: Sequence[int]) -> Iterator[Any]:
+    """Frames ``[height, width, 3]`` uint8 of a video, as arrays, never many of them at once.
+
+    Raises:
+        ValueError: see :func:`decoding`.
+    """
+    for start in range(0, len(indices), _AT_ONCE):
+        with decoding():
+            frames = video.get_frames_at(list(indices[start : start + _AT_ONCE]))
+        yield from frames
