@@ -1,0 +1,280 @@
+"""Train the small video model from scratch, with full attention only.
+
+    python benchmarks/accuracy/train.py --minutes 60
+
+Resumable: it goes on from its last checkpoint. The curve is in ``results/training.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.accuracy import fast
+from benchmarks.accuracy.model import (
+    STEP_TOKENS,
+    SYSTEM,
+    make_model,
+    patches,
+    video_positions,
+    write_processor,
+    write_tokenizer,
+)
+from benchmarks.accuracy.questions import TASKS, Question, ask
+from benchmarks.accuracy.videos import make_world, picture_ids, render
+
+# glibc otherwise gives large blocks back and faults them in again, at half the speed.
+_LIBC = ctypes.CDLL("libc.so.6")
+_LIBC.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+_LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+WORK_DIR = Path(__file__).resolve().parents[2] / ".cache" / "accuracy"
+RESULTS = Path(__file__).parent / "results"
+BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+AFTER = "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+SLOT = 12  # tokens of the longest question with its answer
+ANSWER = 3  # tokens of the longest answer with <|im_end|>
+IGNORED = -100
+TRAIN, VALIDATION, HELD_OUT = 1, 2, 3  # first word of every seed
+HELD_OUT_SCENES = (32, 48)  # 64 and 96 sampled frames: never trained on
+VALIDATION_SCENES = (12, 24, 40)
+TOKENS = 4500  # a step
+
+
+@dataclass
+class Batch:
+    """Videos of one length with their questions.
+
+    Attributes:
+        pictures: ``[n]`` int64, the different pictures of the batch.
+        scenes: ``[videos, scenes]`` int64, indices of ``pictures``.
+        slots: ``[videos, questions, SLOT]`` int64 tokens.
+        targets: ``[videos, questions, SLOT]`` int64, the next token where it is of the answer.
+        tasks: ``[videos, questions]`` int64.
+    """
+
+    pictures: torch.Tensor
+    scenes: torch.Tensor
+    slots: torch.Tensor
+    targets: torch.Tensor
+    tasks: torch.Tensor
+
+
+class Trainer:
+    """Model, optimizer and the number of steps done."""
+
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        self.options = options
+        self.token_ids = write_tokenizer(work / "model")
+        write_processor(work / "model")
+        self.tokenizer = AutoTokenizer.from_pretrained(work / "model")
+        self.model = make_model(self.token_ids, options.seed)
+        self.before = torch.tensor(self.tokenizer.encode(BEFORE))
+        self.cache: dict[str, list[int]] = {}
+        if options.compile:
+            fast.compile_small_pieces()
+        self.vision_rotation = fast.vision_rotation(self.model.model.visual)
+
+    def tokens(self, text: str) -> list[int]:
+        if text not in self.cache:
+            self.cache[text] = self.tokenizer.encode(text)
+        return self.cache[text]
+
+    def batch(self, seed: tuple[int, ...], videos: int, scenes: int, questions: int) -> Batch:
+        rng = np.random.default_rng(seed)
+        worlds = [make_world(rng, scenes) for _ in range(videos)]
+        slots = np.full((videos, questions, SLOT), self.token_ids["<|endoftext|>"])
+        targets = np.full((videos, questions, SLOT), IGNORED)
+        tasks = np.zeros((videos, questions), dtype=np.int64)
+        for i, world in enumerate(worlds):
+            for j in range(questions):
+                question: Question | None = None
+                while question is None:
+                    tasks[i, j] = rng.choice(len(TASKS), p=self.options.weights)
+                    question = ask(rng, world, TASKS[tasks[i, j]])
+                asked = self.tokens(AFTER.format(question=question.text))
+                answer = self.tokens(f"{question.answer}<|im_end|>")
+                said = asked + answer[:-1]
+                slots[i, j, : len(said)] = said
+                targets[i, j, len(asked) - 1 : len(asked) + len(answer) - 1] = answer
+        ids = np.stack([picture_ids(world) for world in worlds])
+        pictures, inverse = np.unique(ids, return_inverse=True)
+        return Batch(
+            *map(torch.from_numpy, (pictures, inverse.reshape(ids.shape), slots, targets, tasks))
+        )
+
+    def logits(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets of the answers: ``[videos * questions * ANSWER, vocabulary]``."""
+        model = self.model.model
+        videos, scenes = batch.scenes.shape
+        questions = batch.slots.shape[1]
+        pixels = patches(render(batch.pictures, generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = fast.vision(model.visual, pixels, *self.vision_rotation)
+            embed = model.language_model.embed_tokens
+            before = embed(self.before).expand(videos, -1, -1)
+            video = features[batch.scenes].flatten(1, 2).to(before.dtype)
+            x = torch.cat([before, video, embed(batch.slots.flatten(1))], 1).bfloat16()
+            prompt = len(self.before) + scenes * STEP_TOKENS
+            block, after = video_positions(len(self.before), scenes)
+            positions = torch.cat(
+                [
+                    torch.arange(len(self.before)).expand(3, -1),
+                    block,
+                    (torch.arange(SLOT) + after).repeat(questions).expand(3, -1),
+                ],
+                1,
+            )
+            cos, sin = fast.rotation(model.language_model, positions)
+            hidden = fast.language(model.language_model, x, cos, sin, prompt, SLOT)
+            targets = batch.targets.flatten(0, 1)
+            # The answer's tokens are in a row; take ANSWER places from the first.
+            first = (targets != IGNORED).int().argmax(1).clamp(max=SLOT - ANSWER)
+            places = first[:, None] + torch.arange(ANSWER)
+            hidden = hidden[:, prompt:].reshape(videos * questions, SLOT, -1)
+            chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+            logits = self.model.lm_head(chosen)
+        return logits.float(), targets.gather(1, places)
+
+    def evaluate(self, scenes: int, videos: int = 40, questions: int = 18) -> dict[str, float]:
+        """Accuracy by task: every token of the answer is the likeliest."""
+        right, asked = np.zeros(len(TASKS)), np.zeros(len(TASKS))
+        with torch.no_grad():
+            for i in range(0, videos, 20):
+                seed = (VALIDATION, scenes, i)
+                batch = self.batch(seed, 20, scenes, questions)
+                logits, targets = self.logits(batch, torch.Generator().manual_seed(i))
+                ok = ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1).numpy()
+                tasks = batch.tasks.flatten().numpy()
+                right += np.bincount(tasks, ok, len(TASKS))
+                asked += np.bincount(tasks, minlength=len(TASKS))
+        return {task: round(r / n, 4) for task, r, n in zip(TASKS, right, asked, strict=True)}
+
+
+def make_optimizers(model: Any, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, biases and norms."""
+    named = dict(model.named_parameters())
+    inner = [n for n, p in named.items() if p.dim() == 2 and (".layers." in n or ".blocks." in n)]
+    outer = [p for n, p in named.items() if n not in inner]
+    muon = torch.optim.Muon(
+        [{"params": [named[n] for n in inner], "peak": options.muon_lr}],
+        lr=options.muon_lr,
+        weight_decay=0.01,
+    )
+    adam = torch.optim.AdamW(
+        [{"params": outer, "peak": options.lr}],
+        lr=options.lr,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=True,
+    )
+    return [muon, adam]
+
+
+def scenes_of_step(rng: np.random.Generator, step: int, stages: list[list[int]]) -> int:
+    """Length of the videos of a step: the longest grows with the stages ``[step, scenes]``."""
+    longest = next(scenes for until, scenes in reversed(stages) if step >= until)
+    allowed = [n for n in range(4, longest + 1) if n not in HELD_OUT_SCENES]
+    return int(rng.choice(allowed))
+
+
+def train(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    work: Path = options.work_dir
+    trainer = Trainer(work, options)
+    optimizers = make_optimizers(trainer.model, options)
+    step, spent, curve = 0, 0.0, []
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists() and not options.fresh:
+        state = torch.load(checkpoint, weights_only=False)
+        trainer.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, spent, curve = state["step"], state["spent"], state["curve"]
+    start = last = time.time()
+    losses: list[float] = []
+    by_task = np.zeros((2, len(TASKS)))
+    began = spent
+    while spent < options.minutes * 60:
+        rng = np.random.default_rng((TRAIN, options.seed, step))
+        scenes = scenes_of_step(rng, step, options.stages)
+        length = len(trainer.before) + scenes * STEP_TOKENS + options.questions * SLOT
+        batch = trainer.batch(
+            (TRAIN, options.seed, step, 1), max(4, TOKENS // length), scenes, options.questions
+        )
+        left = options.minutes * 60 - spent
+        cool = min(1.0, left / (0.25 * options.minutes * 60)) if options.cool else 1.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, (step + 1) / 100) * max(cool, 0.02)
+        logits, targets = trainer.logits(batch, torch.Generator().manual_seed(step))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        trainer.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+        ok = ((logits.detach().argmax(-1) == targets) | (targets == IGNORED)).all(1).numpy()
+        by_task[0] += np.bincount(batch.tasks.flatten().numpy(), ok, len(TASKS))
+        by_task[1] += np.bincount(batch.tasks.flatten().numpy(), minlength=len(TASKS))
+        step += 1
+        spent = began + time.time() - start
+        if step % 50 == 0:
+            rates = " ".join(
+                f"{t} {a:.2f}" for t, a in zip(TASKS, by_task[0] / by_task[1], strict=True)
+            )
+            print(f"{step} {spent:.0f}s loss {np.mean(losses):.3f} | {rates}", flush=True)
+            losses.clear()
+            by_task[:] = 0
+        if time.time() - last > options.every or spent >= options.minutes * 60:
+            last = time.time()
+            scores = {str(2 * n): trainer.evaluate(n) for n in VALIDATION_SCENES}
+            curve.append({"step": step, "seconds": round(spent), "accuracy": scores})
+            print(json.dumps(curve[-1]), flush=True)
+            torch.save(
+                {
+                    "model": trainer.model.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "step": step,
+                    "spent": spent,
+                    "curve": curve,
+                },
+                checkpoint.with_suffix(".new"),
+            )
+            checkpoint.with_suffix(".new").rename(checkpoint)
+    trainer.model.to(torch.bfloat16).save_pretrained(work / "model")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60, help="of training in all")
+    parser.add_argument("--work-dir", type=Path, default=WORK_DIR)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--questions", type=int, default=12, help="a video")
+    parser.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
+    parser.add_argument("--stages", type=json.loads, default=[[0, 6], [400, 12], [1000, 24], [2500, 56]])
+    parser.add_argument("--weights", type=json.loads, default=[1 / 6] * 6)
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-cool", dest="cool", action="store_false")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    train(parse())
