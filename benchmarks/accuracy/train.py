@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -32,7 +33,7 @@ from benchmarks.accuracy.model import (
     write_tokenizer,
 )
 from benchmarks.accuracy.questions import TASKS, Question, ask
-from benchmarks.accuracy.videos import make_world, picture_ids, render
+from benchmarks.accuracy.videos import COLOURS, SHAPES, make_world, picture_ids, quarter_labels, render
 
 # glibc otherwise gives large blocks back and faults them in again, at half the speed.
 _LIBC = ctypes.CDLL("libc.so.6")
@@ -83,6 +84,9 @@ class Trainer:
         self.model = make_model(self.token_ids, options.seed)
         self.before = torch.tensor(self.tokenizer.encode(BEFORE))
         self.cache: dict[str, list[int]] = {}
+        # Reads shape or digit, colour and quarter off a video token; only for training.
+        self.kinds = (len(SHAPES) + 11, len(COLOURS) + 1, STEP_TOKENS)
+        self.reader = torch.nn.Linear(192, sum(self.kinds))
         if options.compile:
             fast.compile_small_pieces()
         self.vision_rotation = fast.vision_rotation(self.model.model.visual)
@@ -115,8 +119,11 @@ class Trainer:
             *map(torch.from_numpy, (pictures, inverse.reshape(ids.shape), slots, targets, tasks))
         )
 
-    def logits(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and targets of the answers: ``[videos * questions * ANSWER, vocabulary]``."""
+    def logits(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits and targets of the answers, ``[videos * questions, ANSWER, vocabulary]``, and the
+        loss of reading the video tokens one by one."""
         model = self.model.model
         videos, scenes = batch.scenes.shape
         questions = batch.slots.shape[1]
@@ -146,7 +153,12 @@ class Trainer:
             hidden = hidden[:, prompt:].reshape(videos * questions, SLOT, -1)
             chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = self.model.lm_head(chosen)
-        return logits.float(), targets.gather(1, places)
+            read = self.reader(features).float().flatten(0, 1).split(self.kinds, -1)
+        labels = quarter_labels()[batch.pictures]
+        quarters = torch.arange(STEP_TOKENS).expand(len(labels), -1)
+        wanted = (labels[..., 0], labels[..., 1], quarters)
+        losses = [F.cross_entropy(r, w.flatten()) for r, w in zip(read, wanted, strict=True)]
+        return logits.float(), targets.gather(1, places), torch.stack(losses).sum()
 
     def evaluate(self, scenes: int, videos: int = 40, questions: int = 18) -> dict[str, float]:
         """Accuracy by task: every token of the answer is the likeliest."""
@@ -155,7 +167,7 @@ class Trainer:
             for i in range(0, videos, 20):
                 seed = (VALIDATION, scenes, i)
                 batch = self.batch(seed, 20, scenes, questions)
-                logits, targets = self.logits(batch, torch.Generator().manual_seed(i))
+                logits, targets, _ = self.logits(batch, torch.Generator().manual_seed(i))
                 ok = ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1).numpy()
                 tasks = batch.tasks.flatten().numpy()
                 right += np.bincount(tasks, ok, len(TASKS))
@@ -163,11 +175,11 @@ class Trainer:
         return {task: round(r / n, 4) for task, r, n in zip(TASKS, right, asked, strict=True)}
 
 
-def make_optimizers(model: Any, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(trainer: Trainer, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings, biases and norms."""
-    named = dict(model.named_parameters())
+    named = dict(trainer.model.named_parameters())
     inner = [n for n, p in named.items() if p.dim() == 2 and (".layers." in n or ".blocks." in n)]
-    outer = [p for n, p in named.items() if n not in inner]
+    outer = [p for n, p in named.items() if n not in inner] + [*trainer.reader.parameters()]
     muon = torch.optim.Muon(
         [{"params": [named[n] for n in inner], "peak": options.muon_lr}],
         lr=options.muon_lr,
@@ -194,12 +206,13 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     work: Path = options.work_dir
     trainer = Trainer(work, options)
-    optimizers = make_optimizers(trainer.model, options)
+    optimizers = make_optimizers(trainer, options)
     step, spent, curve = 0, 0.0, []
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists() and not options.fresh:
         state = torch.load(checkpoint, weights_only=False)
         trainer.model.load_state_dict(state["model"])
+        trainer.reader.load_state_dict(state["reader"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent, curve = state["step"], state["spent"], state["curve"]
@@ -219,10 +232,11 @@ def train(options: argparse.Namespace) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, (step + 1) / 100) * max(cool, 0.02)
-        logits, targets = trainer.logits(batch, torch.Generator().manual_seed(step))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits, targets, reading = trainer.logits(batch, torch.Generator().manual_seed(step))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         trainer.model.zero_grad(set_to_none=True)
-        loss.backward()
+        trainer.reader.zero_grad(set_to_none=True)
+        (loss + options.reading * reading).backward()
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -234,9 +248,9 @@ def train(options: argparse.Namespace) -> None:
         spent = began + time.time() - start
         if step % 50 == 0:
             rates = " ".join(
-                f"{t} {a:.2f}" for t, a in zip(TASKS, by_task[0] / by_task[1], strict=True)
+                f"{t} {a:.2f}" for t, a in zip(TASKS, by_task[0] / by_task[1].clip(1), strict=True)
             )
-            print(f"{step} {spent:.0f}s loss {np.mean(losses):.3f} | {rates}", flush=True)
+            print(f"{step} {spent:.0f}s loss {np.mean(losses):.3f} reading {reading:.3f} | {rates}", flush=True)
             losses.clear()
             by_task[:] = 0
         if time.time() - last > options.every or spent >= options.minutes * 60:
@@ -247,6 +261,7 @@ def train(options: argparse.Namespace) -> None:
             torch.save(
                 {
                     "model": trainer.model.state_dict(),
+                    "reader": trainer.reader.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": step,
                     "spent": spent,
@@ -270,6 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
     parser.add_argument("--stages", type=json.loads, default=[[0, 6], [400, 12], [1000, 24], [2500, 56]])
     parser.add_argument("--weights", type=json.loads, default=[1 / 6] * 6)
+    parser.add_argument("--reading", type=float, default=0.3, help="weight of reading tokens")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-cool", dest="cool", action="store_false")

@@ -168,6 +168,25 @@ def picture_ids(world: World) -> np.ndarray:
     return np.where(world.shapes == CODE, code, ids)
 
 
+@lru_cache
+def quarter_labels() -> torch.Tensor:
+    """``[pictures, 4, 2]`` int64: what each quarter of a picture shows, and in which colour.
+
+    Shapes first, then the digits, then nothing; the colours, then none.
+    """
+    shapes, colours = len(SHAPES), len(COLOURS)
+    nothing = torch.tensor([shapes + 10, colours])
+    labels = nothing.repeat(len(pictures()), 4, 1)
+    objects = shapes * colours * 4
+    index = torch.arange(objects)
+    shown = torch.stack([index // (4 * colours), index // 4 % colours], 1)
+    labels[index, index % 4] = shown
+    code = torch.arange(100)
+    labels[objects + code, 0, 0] = shapes + code // 10
+    labels[objects + code, 1, 0] = shapes + code % 10
+    return labels
+
+
 def render(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """``[n, 2, 3, FRAME, FRAME]`` fp32, 0 to 255: two noisy frames of each picture.
 
