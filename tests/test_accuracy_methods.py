@@ -58,9 +58,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     axis = torch.tensor([0] * 6 + [1] * 2)
     angles = positions[axis].T * inverse
     a, b = x.chunk(2, -1)
-    return torch.cat(
-        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1
-    )
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
 class Toy:

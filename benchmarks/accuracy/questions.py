@@ -23,10 +23,7 @@ COLOUR_NAMES = tuple(COLOURS)
 CHANCE = {"code": 0.01, "time": 5 / 24, "order": 0.5, "count": 0.2, "cross": 5 / 24}
 CHANCE["occurrence"] = CHANCE["time"]
 MAX_SCENES = 64
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
+_UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty")
 NUMBERS = (*_UNITS, *(ten + unit for ten in _TENS for unit in ("", *_UNITS[1:10])))[:MAX_SCENES]
 

@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,14 @@ from benchmarks.accuracy.model import (
     write_tokenizer,
 )
 from benchmarks.accuracy.questions import TASKS, Question, ask
-from benchmarks.accuracy.videos import COLOURS, SHAPES, make_world, picture_ids, quarter_labels, render
+from benchmarks.accuracy.videos import (
+    COLOURS,
+    SHAPES,
+    make_world,
+    picture_ids,
+    quarter_labels,
+    render,
+)
 
 # glibc otherwise gives large blocks back and faults them in again, at half the speed.
 _LIBC = ctypes.CDLL("libc.so.6")
@@ -250,7 +256,10 @@ def train(options: argparse.Namespace) -> None:
             rates = " ".join(
                 f"{t} {a:.2f}" for t, a in zip(TASKS, by_task[0] / by_task[1].clip(1), strict=True)
             )
-            print(f"{step} {spent:.0f}s loss {np.mean(losses):.3f} reading {reading:.3f} | {rates}", flush=True)
+            print(
+                f"{step} {spent:.0f}s loss {np.mean(losses):.3f} reading {reading:.3f} | {rates}",
+                flush=True,
+            )
             losses.clear()
             by_task[:] = 0
         if time.time() - last > options.every or spent >= options.minutes * 60:
@@ -283,7 +292,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--questions", type=int, default=12, help="a video")
     parser.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
-    parser.add_argument("--stages", type=json.loads, default=[[0, 6], [400, 12], [1000, 24], [2500, 56]])
+    parser.add_argument(
+        "--stages", type=json.loads, default=[[0, 6], [400, 12], [1000, 24], [2500, 56]]
+    )
     parser.add_argument("--weights", type=json.loads, default=[1 / 6] * 6)
     parser.add_argument("--reading", type=float, default=0.3, help="weight of reading tokens")
     parser.add_argument("--fresh", action="store_true")

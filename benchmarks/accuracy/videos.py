@@ -205,7 +205,9 @@ def render(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     # What H.264 does to a small frame: colours run, at half the resolution of the luminance.
     soft = torch.nn.functional.avg_pool2d(clean, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     luma = clean.mean(1, keepdim=True) - soft.mean(1, keepdim=True)
-    mixed = torch.where(torch.rand(len(ids), 1, 1, 1, generator=generator) < 0.5, clean, soft + luma)
+    mixed = torch.where(
+        torch.rand(len(ids), 1, 1, 1, generator=generator) < 0.5, clean, soft + luma
+    )
     return (mixed[:, None] * light + strength * noise).clamp(0, 255)
 
 
