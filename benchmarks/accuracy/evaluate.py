@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,23 @@ RESAMPLES = 2000
 
 def all_methods() -> dict[str, Method]:
     """The rows of the tables."""
-    sizes = {"sink_steps": SINK_STEPS, "block_steps": BLOCK_STEPS, "block_tokens": BLOCK_TOKENS}
-    tokens = {"block_tokens": BLOCK_TOKENS}
+    ours = partial(pevlm, sink_steps=SINK_STEPS, block_steps=BLOCK_STEPS, block_tokens=BLOCK_TOKENS)
+    size = BLOCK_TOKENS
     return {
         "full": full,
-        "block_attention": block_attention(**tokens),
-        "ape_t1.0": ape(**tokens),
-        "ape_t0.9": ape(**tokens, temperature=0.9),
-        "star_attention": star_attention(**tokens),
-        "pevlm": pevlm(**sizes),
-        "pevlm_without_sp": pevlm(**sizes, sp=False),
-        "pevlm_without_df": pevlm(**sizes, df=False),
-        "pevlm_without_fs": pevlm(**sizes, fs=False),
-        "only_sp": pevlm(**sizes, df=False, fs=False),
-        "only_sp_df": pevlm(**sizes, fs=False),
-        "no_component": pevlm(**sizes, sp=False, df=False, fs=False),
-        "ape_t1.0_sequential": ape(**tokens, sequential=True),
-        "star_attention_reused": star_attention(**tokens, reuse=True),
+        "block_attention": block_attention(block_tokens=size),
+        "ape_t1.0": ape(block_tokens=size),
+        "ape_t0.9": ape(block_tokens=size, temperature=0.9),
+        "star_attention": star_attention(block_tokens=size),
+        "pevlm": ours(),
+        "pevlm_without_sp": ours(sp=False),
+        "pevlm_without_df": ours(df=False),
+        "pevlm_without_fs": ours(fs=False),
+        "only_sp": ours(df=False, fs=False),
+        "only_sp_df": ours(fs=False),
+        "no_component": ours(sp=False, df=False, fs=False),
+        "ape_t1.0_sequential": ape(block_tokens=size, sequential=True),
+        "star_attention_reused": star_attention(block_tokens=size, reuse=True),
     }
 
 
@@ -305,7 +306,7 @@ def main() -> None:
     rows = evaluate(reader, cases, methods)
     names = [*methods]
     packages = ("torch", "transformers", "qwen-vl-utils")
-    result = {
+    result: dict[str, Any] = {
         "card": {name: version(name) for name in packages}
         | {
             "python": platform.python_version(),

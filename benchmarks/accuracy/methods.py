@@ -1,7 +1,7 @@
 """Full attention, PEVLM, its ablations and its baselines, each as what one prompt needs of them.
 
-A method turns a :class:`Prompt` (a text before the video, the video's steps, a text after it) into a
-:class:`Recipe`: a dense mask, M-RoPE positions, and how the text after the video weighs the
+A method turns a :class:`Prompt` (a text before the video, the video's steps, a text after it) into
+a :class:`Recipe`: a dense mask, M-RoPE positions, and how the text after the video weighs the
 context. One prefill with the recipe is then the method itself, computed without its savings.
 
 What each is read from, and where the reading had to decide:

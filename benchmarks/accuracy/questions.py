@@ -1,13 +1,14 @@
 """Questions about a video, with one right answer each that follows from what it shows.
 
-Six tasks, which need different things of attention:
+Seven tasks, which need different things of attention:
 
 - ``code``: read the two digits that one scene of the video shows (needle, OCR);
 - ``time``: colour or place of what was shown a number of seconds before the end;
 - ``order``: which of two events came first;
 - ``count``: how often an event occurs in the whole video, 0 to 4;
 - ``cross``: colour or place of what was shown just before an event, one scene earlier;
-- ``occurrence``: colour or place of the first or the last of several events of a kind.
+- ``occurrence``: colour or place of the first or the last of several events of a kind;
+- ``find``: colour or place of an event that occurs once, the step that the last two build on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import numpy as np
 
 from benchmarks.accuracy.videos import CODE, COLOURS, EVENTS, FILLERS, MAX_COUNT, PLACES, World
 
-TASKS = ("code", "time", "order", "count", "cross", "occurrence")
+TASKS = ("code", "time", "order", "count", "cross", "occurrence", "find")
 COLOUR_NAMES = tuple(COLOURS)
 CHANCE = {"code": 0.01, "time": 5 / 24, "order": 0.5, "count": 0.2, "cross": 5 / 24}
-CHANCE["occurrence"] = CHANCE["time"]
+CHANCE["occurrence"] = CHANCE["find"] = CHANCE["time"]
 MAX_SCENES = 64
-_UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_UNITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
+    *("eighteen", "nineteen"),
+)
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty")
 NUMBERS = (*_UNITS, *(ten + unit for ten in _TENS for unit in ("", *_UNITS[1:10])))[:MAX_SCENES]
 
@@ -46,6 +51,7 @@ def ask(rng: np.random.Generator, world: World, task: str) -> Question | None:
         "count": _count,
         "cross": _cross,
         "occurrence": _occurrence,
+        "find": _find,
     }[task](rng, world)
 
 
@@ -88,6 +94,15 @@ def _cross(rng: np.random.Generator, world: World) -> Question | None:
     kind, answer = _attribute(rng, world, scene - 1)
     event = EVENTS[world.shapes[scene] - len(FILLERS)]
     return Question("cross", f"{kind} before {event}?", answer)
+
+
+def _find(rng: np.random.Generator, world: World) -> Question | None:
+    once = _events(world, 1, 1)
+    if not once:
+        return None
+    event = int(rng.choice(once))
+    kind, answer = _attribute(rng, world, int(_scenes(world, event)[0]))
+    return Question("find", f"{kind} of {EVENTS[event]}?", answer)
 
 
 def _occurrence(rng: np.random.Generator, world: World) -> Question | None:

@@ -95,6 +95,7 @@ class Trainer:
         self.reader = torch.nn.Linear(192, sum(self.kinds))
         if options.compile:
             fast.compile_small_pieces()
+        self.bank: torch.Tensor | None = None
         self.vision_rotation = fast.vision_rotation(self.model.model.visual)
 
     def tokens(self, text: str) -> list[int]:
@@ -133,12 +134,17 @@ class Trainer:
         model = self.model.model
         videos, scenes = batch.scenes.shape
         questions = batch.slots.shape[1]
-        pixels = patches(render(batch.pictures, generator))
         with torch.autocast("cpu", torch.bfloat16):
-            features = fast.vision(model.visual, pixels, *self.vision_rotation)
+            if self.bank is None:
+                pixels = patches(render(batch.pictures, generator))
+                features = fast.vision(model.visual, pixels, *self.vision_rotation)
+                seen = features[batch.scenes]
+            else:
+                which = torch.randint(self.bank.shape[1], batch.scenes.shape, generator=generator)
+                seen = self.bank[batch.pictures[batch.scenes], which]
             embed = model.language_model.embed_tokens
             before = embed(self.before).expand(videos, -1, -1)
-            video = features[batch.scenes].flatten(1, 2).to(before.dtype)
+            video = seen.flatten(1, 2).to(before.dtype)
             x = torch.cat([before, video, embed(batch.slots.flatten(1))], 1).bfloat16()
             prompt = len(self.before) + scenes * STEP_TOKENS
             block, after = video_positions(len(self.before), scenes)
@@ -159,12 +165,28 @@ class Trainer:
             hidden = hidden[:, prompt:].reshape(videos * questions, SLOT, -1)
             chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = self.model.lm_head(chosen)
-            read = self.reader(features).float().flatten(0, 1).split(self.kinds, -1)
+        reading = torch.zeros(()) if self.bank is not None else self._reading(features, batch)
+        return logits.float(), targets.gather(1, places), reading
+
+    def _reading(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        read = self.reader(features.float()).flatten(0, 1).split(self.kinds, -1)
         labels = quarter_labels()[batch.pictures]
         quarters = torch.arange(STEP_TOKENS).expand(len(labels), -1)
         wanted = (labels[..., 0], labels[..., 1], quarters)
         losses = [F.cross_entropy(r, w.flatten()) for r, w in zip(read, wanted, strict=True)]
-        return logits.float(), targets.gather(1, places), torch.stack(losses).sum()
+        return torch.stack(losses).sum()
+
+    def freeze_vision(self, seed: int, variants: int = 8) -> None:
+        """See every picture ``variants`` times now, and train the language model on that."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.arange(len(quarter_labels()))
+        found = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(variants):
+                pixels = patches(render(ids, generator))
+                visual = self.model.model.visual
+                found.append(fast.vision(visual, pixels, *self.vision_rotation))
+        self.bank = torch.stack(found, 1).bfloat16()
 
     def evaluate(self, scenes: int, videos: int = 40, questions: int = 18) -> dict[str, float]:
         """Accuracy by task: every token of the answer is the likeliest."""
@@ -178,7 +200,9 @@ class Trainer:
                 tasks = batch.tasks.flatten().numpy()
                 right += np.bincount(tasks, ok, len(TASKS))
                 asked += np.bincount(tasks, minlength=len(TASKS))
-        return {task: round(r / n, 4) for task, r, n in zip(TASKS, right, asked, strict=True)}
+        return {
+            task: round(float(r / n), 4) for task, r, n in zip(TASKS, right, asked, strict=True)
+        }
 
 
 def make_optimizers(trainer: Trainer, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -222,6 +246,8 @@ def train(options: argparse.Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent, curve = state["step"], state["spent"], state["curve"]
+    if options.frozen_vision:
+        trainer.freeze_vision(step)
     start = last = time.time()
     losses: list[float] = []
     by_task = np.zeros((2, len(TASKS)))
@@ -295,8 +321,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--stages", type=json.loads, default=[[0, 6], [400, 12], [1000, 24], [2500, 56]]
     )
-    parser.add_argument("--weights", type=json.loads, default=[1 / 6] * 6)
+    parser.add_argument("--weights", type=json.loads, default=[1 / 7] * 7)
     parser.add_argument("--reading", type=float, default=0.3, help="weight of reading tokens")
+    parser.add_argument("--frozen-vision", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-cool", dest="cool", action="store_false")
