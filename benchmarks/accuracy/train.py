@@ -34,6 +34,8 @@ from benchmarks.accuracy.model import (
 from benchmarks.accuracy.questions import TASKS, Question, ask
 from benchmarks.accuracy.videos import (
     COLOURS,
+    EVENTS,
+    FILLERS,
     SHAPES,
     make_world,
     picture_ids,
@@ -188,6 +190,38 @@ class Trainer:
                 found.append(fast.vision(visual, pixels, *self.vision_rotation))
         self.bank = torch.stack(found, 1).bfloat16()
 
+    def restart_language(self, seed: int) -> None:
+        """Start the language model anew over the vision tower: embeddings and features of size 1, so
+        that layers add to a token and do not drown it, and layers that begin as the identity."""
+        assert self.bank is not None, "freeze_vision comes first"
+        fresh = make_model(self.token_ids, seed)
+        self.model.model.language_model.load_state_dict(fresh.model.language_model.state_dict())
+        self.model.lm_head.load_state_dict(fresh.lm_head.state_dict())
+        with torch.no_grad():
+            size = self.bank.float().square().mean().sqrt()
+            last = self.model.model.visual.merger.mlp[2]
+            for tensor in (last.weight, last.bias, self.bank):
+                tensor.div_(size)
+            self.model.model.language_model.embed_tokens.weight.div_(0.02)
+            for layer in self.model.model.language_model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+
+    def align_words(self) -> None:
+        """Make the word of each event the direction in which the vision tower puts its picture, so
+        that a word finds its event by likeness: one thing to learn instead of one an event."""
+        assert self.bank is not None, "freeze_vision comes first"
+        labels = quarter_labels()[..., 0]
+        features = self.bank.float().mean(1)
+        shown = torch.stack([features[labels == i].mean(0) for i in range(len(SHAPES))])
+        directions = shown - shown.mean(0)
+        table = self.model.model.language_model.embed_tokens.weight
+        with torch.no_grad():
+            for i, name in enumerate(EVENTS, start=len(FILLERS)):
+                for word in (name, f" {name}"):
+                    row = table[self.tokens(word)[0]]
+                    row.copy_(directions[i] / directions[i].norm() * row.norm())
+
     def evaluate(self, scenes: int, videos: int = 40, questions: int = 18) -> dict[str, float]:
         """Accuracy by task: every token of the answer is the likeliest."""
         right, asked = np.zeros(len(TASKS)), np.zeros(len(TASKS))
@@ -209,14 +243,19 @@ def make_optimizers(trainer: Trainer, options: argparse.Namespace) -> list[torch
     """Muon for the matrices of the layers, AdamW for embeddings, biases and norms."""
     named = dict(trainer.model.named_parameters())
     inner = [n for n, p in named.items() if p.dim() == 2 and (".layers." in n or ".blocks." in n)]
-    outer = [p for n, p in named.items() if n not in inner] + [*trainer.reader.parameters()]
+    table = "model.language_model.embed_tokens.weight"
+    outer = [p for n, p in named.items() if n not in (*inner, table)]
+    outer += trainer.reader.parameters()
     muon = torch.optim.Muon(
         [{"params": [named[n] for n in inner], "peak": options.muon_lr}],
         lr=options.muon_lr,
         weight_decay=0.01,
     )
     adam = torch.optim.AdamW(
-        [{"params": outer, "peak": options.lr}],
+        [
+            {"params": outer, "peak": options.lr},
+            {"params": [named[table]], "peak": options.embed_lr},
+        ],
         lr=options.lr,
         betas=(0.9, 0.98),
         weight_decay=0.01,
@@ -243,11 +282,16 @@ def train(options: argparse.Namespace) -> None:
         state = torch.load(checkpoint, weights_only=False)
         trainer.model.load_state_dict(state["model"])
         trainer.reader.load_state_dict(state["reader"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(optimizers, state["optimizers"] or (), strict=False):
             optimizer.load_state_dict(saved)
         step, spent, curve = state["step"], state["spent"], state["curve"]
     if options.frozen_vision:
         trainer.freeze_vision(step)
+    if options.restart_language:
+        trainer.restart_language(options.seed)
+        optimizers = make_optimizers(trainer, options)
+    if options.align_words:
+        trainer.align_words()
     start = last = time.time()
     losses: list[float] = []
     by_task = np.zeros((2, len(TASKS)))
@@ -324,6 +368,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=json.loads, default=[1 / 7] * 7)
     parser.add_argument("--reading", type=float, default=0.3, help="weight of reading tokens")
     parser.add_argument("--frozen-vision", action="store_true")
+    parser.add_argument("--restart-language", action="store_true", help="at the start of this run")
+    parser.add_argument("--embed-lr", type=float, default=1e-3)
+    parser.add_argument("--align-words", action="store_true", help="at the start of this run")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-cool", dest="cool", action="store_false")
