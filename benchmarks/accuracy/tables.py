@@ -1,6 +1,6 @@
 """The tables of ``results/held_out.json`` in Markdown, as the paper's tables 1, 3 and 4.
 
-    python benchmarks/accuracy/tables.py > benchmarks/accuracy/results/held_out.md
+python benchmarks/accuracy/tables.py > benchmarks/accuracy/results/held_out.md
 """
 
 from __future__ import annotations

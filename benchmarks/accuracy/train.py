@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy/train.py --minutes 60
 
-Resumable: it goes on from its last checkpoint. The curve is in ``results/training.json``.
+Resumable: it goes on from its last checkpoint; when its minutes are over (``--minutes 0``: at once)
+it writes ``model/`` and the curve, ``results/training.json``. README.md has the phases.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ _LIBC = ctypes.CDLL("libc.so.6")
 _LIBC.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 _LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 WORK_DIR = Path(__file__).resolve().parents[2] / ".cache" / "accuracy"
+MODEL = Path(__file__).parent / "model"
 RESULTS = Path(__file__).parent / "results"
 BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 AFTER = "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -191,8 +194,8 @@ class Trainer:
         self.bank = torch.stack(found, 1).bfloat16()
 
     def restart_language(self, seed: int) -> None:
-        """Start the language model anew over the vision tower: embeddings and features of size 1, so
-        that layers add to a token and do not drown it, and layers that begin as the identity."""
+        """Start the language model anew over the vision tower: with embeddings and features of size
+        1, so that layers add to a token and do not drown it, and layers that do nothing yet."""
         assert self.bank is not None, "freeze_vision comes first"
         fresh = make_model(self.token_ids, seed)
         self.model.model.language_model.load_state_dict(fresh.model.language_model.state_dict())
@@ -349,7 +352,22 @@ def train(options: argparse.Namespace) -> None:
                 checkpoint.with_suffix(".new"),
             )
             checkpoint.with_suffix(".new").rename(checkpoint)
-    trainer.model.to(torch.bfloat16).save_pretrained(work / "model")
+    export(trainer, curve, step, options.seed)
+
+
+def export(trainer: Trainer, curve: list[dict[str, Any]], step: int, seed: int) -> None:
+    """The model in bfloat16 with its tokenizer and processor files, and the training curve."""
+    write_tokenizer(MODEL)
+    write_processor(MODEL)
+    trainer.model.to(torch.bfloat16).save_pretrained(MODEL)
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "seed": seed,
+        "steps": step,
+        "what": "accuracy on validation videos by sampled frames and task",
+        "curve": curve,
+    }
+    (RESULTS / "training.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
