@@ -151,7 +151,7 @@ def test_fast_language_answers_each_question_as_if_it_stood_alone(small: Any) ->
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     with torch.no_grad():
-        mine = fast.language(language, x, *fast.rotation(language, positions), prompt, SLOT)
+        mine, _ = fast.language(language, x, *fast.rotation(language, positions), prompt, SLOT)
         for slot in range(slots):
             own = prompt + slot * SLOT + torch.arange(SLOT)
             index = torch.cat([torch.arange(prompt), own])

@@ -47,8 +47,8 @@ def vision(visual: Any, patches: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 
 def language(
     model: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prompt: int, slot: int
-) -> torch.Tensor:
-    """Hidden states after the last norm.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states after the last norm, and those after the first layer.
 
     Args:
         model: the language model.
@@ -58,7 +58,8 @@ def language(
         slot: tokens of a question and its answer, padded.
     """
     causal, inside = (torch.ones(n, n, dtype=torch.bool).triu(1) for n in (prompt, slot))
-    for layer in model.layers:
+    first = x
+    for number, layer in enumerate(model.layers):
         a, mlp = layer.self_attn, layer.mlp
         h = _norm(x, layer.input_layernorm.weight)
         q, k, v = (
@@ -76,7 +77,8 @@ def language(
         x = x + a.o_proj(torch.cat([shared, asked], 2).transpose(1, 2).flatten(2))
         h = _norm(x, layer.post_attention_layernorm.weight)
         x = x + mlp.down_proj(_gated(mlp.gate_proj(h), mlp.up_proj(h)))
-    return _norm(x, model.norm.weight)
+        first = x if number == 0 else first
+    return _norm(x, model.norm.weight), first
 
 
 def compile_small_pieces() -> None:

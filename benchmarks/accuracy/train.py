@@ -38,6 +38,7 @@ from benchmarks.accuracy.videos import (
     COLOURS,
     EVENTS,
     FILLERS,
+    PLACES,
     SHAPES,
     make_world,
     picture_ids,
@@ -98,6 +99,7 @@ class Trainer:
         # Reads shape or digit, colour and quarter off a video token; only for training.
         self.kinds = (len(SHAPES) + 11, len(COLOURS) + 1, STEP_TOKENS)
         self.reader = torch.nn.Linear(192, sum(self.kinds))
+        self.rememberer = torch.nn.Linear(192, len(COLOURS) + len(PLACES))
         if options.compile:
             fast.compile_small_pieces()
         self.bank: torch.Tensor | None = None
@@ -162,7 +164,7 @@ class Trainer:
                 1,
             )
             cos, sin = fast.rotation(model.language_model, positions)
-            hidden = fast.language(model.language_model, x, cos, sin, prompt, SLOT)
+            hidden, first = fast.language(model.language_model, x, cos, sin, prompt, SLOT)
             targets = batch.targets.flatten(0, 1)
             # The answer's tokens are in a row; take ANSWER places from the first.
             first = (targets != IGNORED).int().argmax(1).clamp(max=SLOT - ANSWER)
@@ -170,8 +172,24 @@ class Trainer:
             hidden = hidden[:, prompt:].reshape(videos * questions, SLOT, -1)
             chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = self.model.lm_head(chosen)
-        reading = torch.zeros(()) if self.bank is not None else self._reading(features, batch)
+        reading = self._remembering(first[:, len(self.before) : prompt], batch)
+        if self.bank is None:
+            reading = reading + self._reading(features, batch)
         return logits.float(), targets.gather(1, places), reading
+
+    def _remembering(self, first: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Reading the scene before off the tokens of a scene, after the first layer."""
+        labels = quarter_labels()[batch.pictures[batch.scenes[:, :-1]]]
+        place = (labels[..., 1] < len(COLOURS)).int().argmax(-1)
+        colour = labels[..., 1].amin(-1)
+        is_object = colour < len(COLOURS)
+        read = self.rememberer(first.float().unflatten(1, (-1, STEP_TOKENS))[:, 1:][is_object])
+        colours, places = read.split([len(COLOURS), len(PLACES)], -1)
+        losses = [
+            F.cross_entropy(r.flatten(0, 1), w[is_object].repeat_interleave(STEP_TOKENS))
+            for r, w in ((colours, colour), (places, place))
+        ]
+        return torch.stack(losses).sum()
 
     def _reading(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
         read = self.reader(features.float()).flatten(0, 1).split(self.kinds, -1)
@@ -248,7 +266,7 @@ def make_optimizers(trainer: Trainer, options: argparse.Namespace) -> list[torch
     inner = [n for n, p in named.items() if p.dim() == 2 and (".layers." in n or ".blocks." in n)]
     table = "model.language_model.embed_tokens.weight"
     outer = [p for n, p in named.items() if n not in (*inner, table)]
-    outer += trainer.reader.parameters()
+    outer += [*trainer.reader.parameters(), *trainer.rememberer.parameters()]
     muon = torch.optim.Muon(
         [{"params": [named[n] for n in inner], "peak": options.muon_lr}],
         lr=options.muon_lr,
@@ -285,6 +303,8 @@ def train(options: argparse.Namespace) -> None:
         state = torch.load(checkpoint, weights_only=False)
         trainer.model.load_state_dict(state["model"])
         trainer.reader.load_state_dict(state["reader"])
+        if "rememberer" in state:
+            trainer.rememberer.load_state_dict(state["rememberer"])
         for optimizer, saved in zip(optimizers, state["optimizers"] or (), strict=False):
             optimizer.load_state_dict(saved)
         step, spent, curve = state["step"], state["spent"], state["curve"]
@@ -315,6 +335,7 @@ def train(options: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         trainer.model.zero_grad(set_to_none=True)
         trainer.reader.zero_grad(set_to_none=True)
+        trainer.rememberer.zero_grad(set_to_none=True)
         (loss + options.reading * reading).backward()
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -344,6 +365,7 @@ def train(options: argparse.Namespace) -> None:
                 {
                     "model": trainer.model.state_dict(),
                     "reader": trainer.reader.state_dict(),
+                    "rememberer": trainer.rememberer.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": step,
                     "spent": spent,
