@@ -164,7 +164,7 @@ class Trainer:
                 1,
             )
             cos, sin = fast.rotation(model.language_model, positions)
-            hidden, first = fast.language(model.language_model, x, cos, sin, prompt, SLOT)
+            hidden, early = fast.language(model.language_model, x, cos, sin, prompt, SLOT)
             targets = batch.targets.flatten(0, 1)
             # The answer's tokens are in a row; take ANSWER places from the first.
             first = (targets != IGNORED).int().argmax(1).clamp(max=SLOT - ANSWER)
@@ -172,7 +172,7 @@ class Trainer:
             hidden = hidden[:, prompt:].reshape(videos * questions, SLOT, -1)
             chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = self.model.lm_head(chosen)
-        reading = self._remembering(first[:, len(self.before) : prompt], batch)
+        reading = self._remembering(early[:, len(self.before) : prompt], batch)
         if self.bank is None:
             reading = reading + self._reading(features, batch)
         return logits.float(), targets.gather(1, places), reading
