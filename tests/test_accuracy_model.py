@@ -102,7 +102,7 @@ def test_answers_are_balanced(task: str) -> None:
     answers = [q.answer for q in found if q]
     for kind in (videos.COLOURS, videos.PLACES, videos.EVENTS, "01234"):
         counts = Counter(answer for answer in answers if answer in kind)
-        assert not counts or max(counts.values()) < 1.6 * min(counts.values()), counts
+        assert not counts or max(counts.values()) < 2 * min(counts.values()), counts
 
 
 def test_held_out_lengths_are_not_trained_on() -> None:
