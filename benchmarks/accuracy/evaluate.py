@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,19 @@ def evaluate(
     return rows
 
 
+def _as_json(result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Indented, but for a line a question, whose last entry has a 1 for each method in the order
+    of ``methods`` that answered it right."""
+    columns = ("video", "frames", "task", "question", "answer")
+    lines = [
+        [*(row[name] for name in columns), "".join(str(int(row["right"][name])) for name in names)]
+        for row in rows
+    ]
+    head = json.dumps({**result, "methods": names, "columns": [*columns, "right"]}, indent=1)
+    body = ",\n  ".join(json.dumps(line) for line in lines)
+    return f'{head[:-2]},\n "questions": [\n  {body}\n ]\n}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -308,6 +322,7 @@ def main() -> None:
     packages = ("torch", "transformers", "qwen-vl-utils")
     result: dict[str, Any] = {
         "card": {name: version(name) for name in packages}
+        | {"weights_sha256": sha256((options.model / "model.safetensors").read_bytes()).hexdigest()}
         | {
             "python": platform.python_version(),
             "sink_frames": 2 * SINK_STEPS,
@@ -321,10 +336,9 @@ def main() -> None:
             str(2 * scenes): summary([row for row in rows if row["frames"] == 2 * scenes], names)
             for scenes in HELD_OUT_SCENES
         },
-        "questions": rows,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(_as_json(result, rows, names))
     for name, found in result["summary"]["all"].items():
         tasks = " ".join(f"{task} {v['accuracy']:.3f}" for task, v in found["tasks"].items())
         print(

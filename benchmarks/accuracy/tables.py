@@ -33,7 +33,6 @@ ABLATION = {
     "pevlm": "SP, DF, FS",
     "pevlm_without_sp": "DF, FS (no SP)",
     "pevlm_without_df": "SP, FS (no DF)",
-    "pevlm_without_fs": "SP, DF (no FS)",
 }
 REUSE = {
     "APE (T = 1.0)": ("ape_t1.0", "ape_t1.0_sequential"),
