@@ -112,11 +112,19 @@ class Upstream:
         )
 
 
-def tile_layout(width: int, height: int, size: int, most: int) -> tuple[int, int]:
+def tile_layout(
+    width: int, height: int, size: int, most: int, *, least: int = 1
+) -> tuple[int, int]:
     """Columns and rows of the tiles of a picture: the ratio closest to its own; of equally close
-    ones the largest of which the picture fills more than half."""
+    ones the largest of which the picture fills more than half. VILA's rule is the same.
+
+    Args:
+        width, height: of the picture.
+        size: pixels a side of a tile.
+        most, least: tiles.
+    """
     layouts = sorted(
-        {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most},
+        {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most},
         key=lambda layout: layout[0] * layout[1],
     )
     best, closest = (1, 1), float("inf")

@@ -30,6 +30,7 @@ from sglang.srt.multimodal.processors.base_processor import (
 from pevlm_sglang.checkpoints.vila import IMAGE_TOKEN, VIDEO_TOKEN
 from pevlm_sglang.families.frame_knobs import FrameKnobs
 from pevlm_sglang.families.longvila import frames_at_rate
+from pevlm_sglang.processors.internvl_frames import tile_layout
 from pevlm_sglang.processors.sampling import Sampling, split
 from pevlm_sglang.processors.tower_dtype import tower_dtype
 from pevlm_sglang.processors.video_file import frames_of, length_and_rate
@@ -196,7 +197,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         size = self.hf_config.frame_size
         least = int(getattr(self.hf_config, "min_tiles", None) or 1)
         most = int(getattr(self.hf_config, "max_tiles", None) or 12)
-        columns, rows = _tile_grid(image.size, size, least, most)
+        columns, rows = tile_layout(*image.size, size, most, least=least)
         large = image.resize((size * columns, size * rows))
         tiles = [
             large.crop((x, y, x + size, y + size))
@@ -222,26 +223,3 @@ def frame_indices(total: int, video_fps: float, *, most: int, fps: float | None)
     if fps is None:
         return np.round(np.linspace(0, total - 1, most)).astype(int)
     return np.linspace(0, total - 1, frames_at_rate(total, video_fps, fps, most), dtype=int)
-
-
-def _tile_grid(image: tuple[int, int], size: int, least: int, most: int) -> tuple[int, int]:
-    """Columns and rows of tiles: the nearest aspect ratio; of equal ones the largest that the image
-    fills by half."""
-    width, height = image
-    grids = sorted(
-        {
-            (columns, rows)
-            for columns in range(1, most + 1)
-            for rows in range(1, most + 1)
-            if least <= columns * rows <= most
-        },
-        key=lambda grid: (grid[0] * grid[1], grid),
-    )
-    best, difference = (1, 1), float("inf")
-    for columns, rows in grids:
-        off = abs(width / height - columns / rows)
-        if off < difference or (
-            off == difference and width * height > 0.5 * size * size * columns * rows
-        ):
-            best, difference = (columns, rows), off
-    return best
