@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accuracy import fast, model, questions, videos
-from accuracy.train import AFTER, ANSWER, HELD_OUT_SCENES, SLOT, scenes_of_step
+from accuracy.dataset import HELD_OUT_SCENES
+from accuracy.model import AFTER
+from accuracy.train import ANSWER, SLOT, scenes_of_step
 
 
 @pytest.fixture(name="directory", scope="module")

@@ -34,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from accuracy.dataset import HELD_OUT, HELD_OUT_SCENES, make_clip
 from accuracy.methods import (
     Method,
     Prompt,
@@ -45,10 +46,8 @@ from accuracy.methods import (
     pevlm,
     star_attention,
 )
-from accuracy.model import STEP_TOKENS, video_positions
-from accuracy.questions import TASKS, Question, ask
-from accuracy.train import AFTER, BEFORE, HELD_OUT, HELD_OUT_SCENES
-from accuracy.videos import make_world, render_world, write_mp4
+from accuracy.model import AFTER, BEFORE, STEP_TOKENS, video_positions
+from accuracy.questions import TASKS, Question
 
 MODEL = Path(__file__).parent / "model"
 RESULTS = Path(__file__).parent / "results"
@@ -204,17 +203,9 @@ def held_out(reader: Reader, videos: int, each: int, work: Path) -> list[Case]:
     cases = []
     for scenes in HELD_OUT_SCENES:
         for i in range(videos):
-            rng = np.random.default_rng((HELD_OUT, scenes, i))
-            world = make_world(rng, scenes)
-            asked: dict[str, Question] = {}
-            for task in TASKS:
-                for _ in range(each):
-                    question = ask(rng, world, task)
-                    if question is not None:
-                        asked[question.text] = question
-            frames = render_world(world, seed=HELD_OUT * 10**6 + scenes * 10**3 + i)
-            features = reader.see(write_mp4(work / f"{scenes}-{i}.mp4", frames))
-            cases.append(Case(2 * scenes, features, [*asked.values()]))
+            clip = make_clip(HELD_OUT, scenes, i, each)
+            features = reader.see(clip.write(work))
+            cases.append(Case(clip.frames, features, clip.questions))
     return cases
 
 

@@ -12,6 +12,9 @@ from accuracy.videos import FRAME
 
 STEP_TOKENS = 4  # of a frame of 56 x 56 pixels: patches of 14, merged 2 x 2
 SYSTEM = "You are a helpful assistant."
+# A prompt up to its video's tokens, and from their end on.
+BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+AFTER = "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -24,9 +24,11 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy import fast
+from accuracy.dataset import HELD_OUT_SCENES, TRAIN, VALIDATION
 from accuracy.model import (
+    AFTER,
+    BEFORE,
     STEP_TOKENS,
-    SYSTEM,
     make_model,
     patches,
     video_positions,
@@ -53,13 +55,9 @@ _LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 WORK_DIR = Path(__file__).resolve().parents[1] / ".cache" / "accuracy"
 MODEL = Path(__file__).parent / "model"
 RESULTS = Path(__file__).parent / "results"
-BEFORE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-AFTER = "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 SLOT = 12  # tokens of the longest question with its answer
 ANSWER = 3  # tokens of the longest answer with <|im_end|>
 IGNORED = -100
-TRAIN, VALIDATION, HELD_OUT = 1, 2, 3  # first word of every seed
-HELD_OUT_SCENES = (32, 48)  # 64 and 96 sampled frames: never trained on
 VALIDATION_SCENES = (12, 24, 40)
 TOKENS = 4500  # a step
 
