@@ -73,7 +73,7 @@ def draw_plot(results: Sequence[Result], best: Result | None, limit: Limit, path
     axes.set_title("sink / block frames", fontsize=11, color=_INK)
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.legend(loc="best", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
         FigureCanvasAgg(figure).print_png(path)
     except OSError as error:

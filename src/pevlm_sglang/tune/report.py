@@ -49,14 +49,18 @@ def warnings(evaluation: Evaluation, recommendation: Recommendation) -> list[str
     """Why not to trust it too far, a line each."""
     found = []
     num_questions = len(evaluation.videos)
-    for result in evaluation.results:
-        if not result.setting.is_full and result.sparse_prompts < num_questions:
-            found.append(
-                f"{result.setting.name} was full attention for "
-                f"{num_questions - result.sparse_prompts} of {num_questions} prompts: the sink and "
-                "one block held their videos whole"
-                + ("; it is not recommended" if not result.sparse_prompts else "")
-            )
+    whole = "the sink and one block held the whole video"
+    sparse = [result for result in evaluation.results if not result.setting.is_full]
+    if never := [result.setting.name for result in sparse if not result.sparse_prompts]:
+        found.append(
+            f"never anything but full attention, and not recommended: {', '.join(never)} ({whole})"
+        )
+    if some := [
+        f"{result.setting.name} for {num_questions - result.sparse_prompts}"
+        for result in sparse
+        if 0 < result.sparse_prompts < num_questions
+    ]:
+        found.append(f"full attention, of {num_questions} prompts: {', '.join(some)} ({whole})")
     if evaluation.num_videos < _FEW_VIDEOS:
         found.append(
             f"{evaluation.num_videos} videos are few: intervals are over videos, and too narrow "

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.observe import GLOBAL_TOKEN, SHORT_VIDEO
 from pevlm_sglang.tune.client import Answer, Client, ServerError, Work
 from pevlm_sglang.tune.points import FULL, Point, Points, Setting
 from pevlm_sglang.tune.questions import Question
@@ -107,7 +106,7 @@ def sweep(
     warm: set[Setting] = set()
     with tqdm(total=total, initial=total - len(todo), unit="point") as bar:
         for setting, question in todo:
-            bar.set_postfix_str(setting.name)
+            bar.set_postfix_str(setting.name, refresh=False)
             if setting not in warm:
                 _measure(client, setting, question, max_tokens)
                 warm.add(setting)
@@ -130,6 +129,8 @@ def _measure(client: Client, setting: Setting, question: Question, max_tokens: i
 
 def _problem(setting: Setting, answer: Answer, work: Work) -> str | None:
     """Why a request was not what its point is meant to be."""
+    from pevlm_sglang.observe import GLOBAL_TOKEN, SHORT_VIDEO  # imports torch, seconds of a start
+
     if not work.is_whole_prompt(answer.prompt_tokens):
         return (
             f"expected a prefill of {answer.prompt_tokens} tokens and nothing else, got "
