@@ -6,6 +6,7 @@ against the real one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -136,7 +137,8 @@ class FakeServer:
                 elif fake.refuse is not None:
                     self._send(*fake.refuse)
                 else:
-                    self._stream(*fake._answer(json.loads(data)))
+                    with contextlib.suppress(ConnectionError):  # a client that gave up
+                        self._stream(*fake._answer(json.loads(data)))
 
             def _send(self, status: int, content: Any) -> None:
                 text = content if isinstance(content, str) else json.dumps(content)
