@@ -102,7 +102,7 @@ def test_labelled(
     assert (found["questions"], found["videos"]) == (6, 2)
     assert found["recommended"] == {"sink_frames": 4, "block_frames": 8}, "the fastest of the best"
     assert "recommended for 10 s at the 0.9 quantile: 4 / 8, accuracy 100.0%" in out
-    assert "warning: 2 videos are few" in out
+    assert "warning: few videos (2)" in out
     assert "6 questions cannot tell 4 / 8 from 4 / 4, full attention" in out
     preset = tmp_path / "out" / "preset.yaml"
     config = resolve(preset, {})

@@ -194,7 +194,7 @@ def test_intervals_are_over_videos() -> None:
     assert (two.results[0].score.low, two.results[0].score.high) == (0, 1)
     assert 0.2 < many.results[0].score.low < 0.5 < many.results[0].score.high < 0.8
     [few, _] = warnings(two, recommend(two, Limit(5.0, 0.9)))
-    assert few.startswith("2 videos are few")
+    assert few.startswith("few videos (2)")
 
 
 def test_unlabelled_agreement() -> None:

@@ -63,8 +63,8 @@ def warnings(evaluation: Evaluation, recommendation: Recommendation) -> list[str
         found.append(f"full attention, of {num_questions} prompts: {', '.join(some)} ({whole})")
     if evaluation.num_videos < _FEW_VIDEOS:
         found.append(
-            f"{evaluation.num_videos} videos are few: intervals are over videos, and too narrow "
-            f"with fewer than {_FEW_VIDEOS}"
+            f"few videos ({evaluation.num_videos}): intervals are over videos, and too narrow with "
+            f"fewer than {_FEW_VIDEOS}"
         )
     if recommendation.best and (rivals := recommendation.rivals):
         names = ", ".join(rival.setting.name for rival in rivals)
