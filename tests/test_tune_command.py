@@ -101,7 +101,7 @@ def test_labelled(
     assert found["results"][0]["ttft_median_s"] >= 0.05
     assert (found["questions"], found["videos"]) == (6, 2)
     assert found["recommended"] == {"sink_frames": 4, "block_frames": 8}, "the fastest of the best"
-    assert "recommended for 10 s at the 0.9 quantile: 4 / 8, accuracy 100.0%" in out
+    assert "recommended within 10 s at the 0.9 quantile: a sink of 4 and blocks of 8 frames;" in out
     assert "warning: few videos (2)" in out
     assert "6 questions cannot tell 4 / 8 from 4 / 4, full attention" in out
     preset = tmp_path / "out" / "preset.yaml"
@@ -340,6 +340,26 @@ def test_a_server_that_does_not_do_it(
     assert run(questions) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "preset.yaml").exists()
+
+
+def test_points_before_an_error_are_kept(
+    server: FakeServer,
+    questions: Path,
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = server._answer
+
+    def third_question_fails(body: dict[str, Any]) -> Any:
+        server.vision_runs = 0 if len(server.asked) >= 20 else 1
+        return answer(body)
+
+    monkeypatch.setattr(server, "_answer", third_question_fails)
+    assert run(questions) == 2
+    assert "15 of 30 points are in" in capsys.readouterr().err
+    assert len(points(tmp_path)) == 15
 
 
 def test_pevlm_that_is_off(

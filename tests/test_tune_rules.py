@@ -132,7 +132,8 @@ def test_the_best_within_the_limit() -> None:
     assert none.best is None
     assert none.nearest.setting == SMALL
     assert verdict(Limit(0.9, 0.9), none) == (
-        "no setting is within 0.9 s at the 0.9 quantile; the nearest is 2 / 4, 1 s"
+        "no setting is within 0.9 s at the 0.9 quantile; the nearest is a sink of 2 and blocks "
+        "of 4 frames: 1 s"
     )
 
 

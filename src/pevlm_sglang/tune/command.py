@@ -164,13 +164,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         try:
             sweep.sweep(client, todo, points, total=total, max_tokens=arguments.max_tokens)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ValueError) as error:
             left = len(sweep.pending(asked, settings, points))
-            print(
-                f"\npevlm: interrupted; {total - left} of {total} points are in {output}; to go "
-                f"on: {command}",
-                file=sys.stderr,
-            )
+            kept = f"{total - left} of {total} points are in {output}; to go on: {command}"
+            if isinstance(error, ValueError):
+                raise ValueError(f"{error}\n{kept}") from None
+            print(f"\npevlm: interrupted; {kept}", file=sys.stderr)
             return INTERRUPTED
         evaluation = evaluate(asked, settings, points.done)
     return _report(

@@ -38,6 +38,12 @@ class Setting:
         return "full attention" if self.is_full else f"{self.sink_frames} / {self.block_frames}"
 
     @property
+    def in_words(self) -> str:
+        if self.is_full:
+            return self.name
+        return f"a sink of {self.sink_frames} and blocks of {self.block_frames} frames"
+
+    @property
     def options(self) -> dict[str, Any]:
         """As a request and a preset take them."""
         if self.is_full:
@@ -98,8 +104,8 @@ class Points:
 
     def add(self, point: Point) -> None:
         self._file.write(point.line())  # unbuffered: one write, whole or torn
-        os.fsync(self._file.fileno())
         self.done[point.setting, point.question] = point
+        os.fsync(self._file.fileno())
 
 
 @contextmanager

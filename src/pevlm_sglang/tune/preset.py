@@ -38,12 +38,11 @@ def write_preset(
     launch += ["--attention-backend", "pevlm", "--pevlm-config", str(path)]
     if knobs := server.get("mm_process_config"):
         launch += ["--mm-process-config", json.dumps(knobs)]
-    if setting.is_full:
-        title = "Full attention unless a request asks for PEVLM"
-    else:
-        title = f"A sink of {setting.sink_frames} frames and blocks of {setting.block_frames}"
+    title = (
+        "full attention unless a request asks for PEVLM" if setting.is_full else setting.in_words
+    )
     header = [
-        f"{title}, chosen by pevlm tune for {server['model_path']}",
+        f"{title[0].upper()}{title[1:]}, chosen by pevlm tune for {server['model_path']}",
         f"on SGLang {server['sglang_version']}, {server['device']}, {server['dtype']}.",
         *("", f"  {shlex.join(launch)}"),
         *("", "Measured by", "", f"  {command}"),

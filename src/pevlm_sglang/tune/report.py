@@ -35,13 +35,13 @@ def verdict(limit: Limit, recommendation: Recommendation) -> str:
     if best is None:
         nearest = recommendation.nearest
         return (
-            f"no setting is within {limit}; the nearest is {nearest.setting.name}, "
+            f"no setting is within {limit}; the nearest is {nearest.setting.in_words}: "
             f"{nearest.ttft_at(limit.quantile):.3g} s"
         )
     what = "accuracy" if best.accuracy else "agreement"
     return (
-        f"recommended for {limit}: {best.setting.name}, {what} {_share(best.score)}, "
-        f"{best.ttft_at(limit.quantile):.3g} s"
+        f"recommended within {limit}: {best.setting.in_words}; {what} "
+        f"{_share(best.score)}, {best.ttft_at(limit.quantile):.3g} s"
     )
 
 
