@@ -199,6 +199,23 @@ def measure(url: str, clips: Sequence[Clip], work: Path) -> list[dict[str, Any]]
     return rows
 
 
+def result(rows: Sequence[Mapping[str, Any]], made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the JSON holds."""
+    limits = limits_of(rows)
+    accuracy, claims = under_limits(rows, limits)
+    columns = [*rows[0]]
+    return {
+        "card": made_with,
+        "settings": SETTINGS,
+        "limits_s": {name: limit for name, limit in limits.items() if name != NO_LIMIT},
+        "times": times(rows),
+        "accuracy": accuracy,
+        "claims": claims,
+        "columns": columns,
+        "answers": [[row[name] for name in columns] for row in rows],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -216,24 +233,17 @@ def main() -> None:
         Server(options.model, *FLAGS, env={"SGLANG_VLM_CACHE_SIZE_MB": "0"}) as server,
     ):
         rows = measure(server.url, clips, Path(work))
-    limits = limits_of(rows)
-    accuracy, claims = under_limits(rows, limits)
-    columns = [*rows[0]]
-    result = {
-        "card": card(options.model, videos=len(clips), questions=len(rows) // len(SETTINGS)),
-        "settings": SETTINGS,
-        "limits_s": {name: limit for name, limit in limits.items() if name != NO_LIMIT},
-        "times": times(rows),
-        "accuracy": accuracy,
-        "claims": claims,
-        "columns": columns,
-    }
-    body = ",\n  ".join(json.dumps([row[name] for name in columns]) for row in rows)
+    found = result(
+        rows,
+        card(options.model, videos=len(clips), questions=len(rows) // len(SETTINGS)),
+    )
+    answered = found.pop("answers")
+    body = ",\n  ".join(json.dumps(row) for row in answered)  # a line each
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
-        f'{json.dumps(result, indent=1)[:-2]},\n "answers": [\n  {body}\n ]\n}}\n'
+        f'{json.dumps(found, indent=1)[:-2]},\n "answers": [\n  {body}\n ]\n}}\n'
     )
-    print(json.dumps({"limits_s": result["limits_s"], "times": result["times"]}, indent=1))
+    print(json.dumps({"limits_s": found["limits_s"], "times": found["times"]}, indent=1))
 
 
 if __name__ == "__main__":

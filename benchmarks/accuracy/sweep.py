@@ -78,7 +78,7 @@ def claims() -> list[Claim]:
             f"a sink of {SINKS[-1]} frames is above the text alone (Figure 5)",
             name(SINKS[-1], BLOCK),
             name(0, BLOCK),
-            "The sink: this model loses little without frames in it; see the attention scores.",
+            "The sink: these videos show no gain from frames in it; see the attention scores.",
         ),
         better(
             f"blocks of {BLOCKS[-1]} frames are above blocks of {BLOCKS[0]} (Figure 5)",
