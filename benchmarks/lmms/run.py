@@ -27,15 +27,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # `support` lives there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lmms import routes
 from lmms.columns import BENCHMARKS, PAPER
 from lmms.table import METHODS, RUN, RunError, as_json, check_counters, collect, render
+
 from support.server import DEFAULT_ENV, DEFAULT_FLAGS, Server
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / ".cache" / "lmms" / "results"
 LOG_TAIL = 3000  # characters of lmms-eval's log in an error
 STARTUP = 1800.0  # seconds: a large model may be downloaded first
@@ -87,7 +88,7 @@ def evaluate(
     print(f"{METHODS[method]}, {name}: {' '.join(command)}", flush=True)
     with (output / "lmms_eval.log").open("w") as log:
         done = subprocess.run(
-            command, cwd=ROOT, env=client_env(options), stdout=log, stderr=subprocess.STDOUT
+            command, cwd=options.cwd, env=client_env(options), stdout=log, stderr=subprocess.STDOUT
         )
     if done.returncode:
         tail = (output / "lmms_eval.log").read_text()[-LOG_TAIL:]
@@ -181,11 +182,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
     parser.add_argument("--limit", type=int, help="questions a task (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what is logged, kept")
+    parser.add_argument(
+        "--cwd", type=Path, default=ROOT, help="where lmms-eval runs (default: the repository)"
+    )
     parser.add_argument("--cpu", action="store_true", help="for a machine without a GPU")
     options = parser.parse_args(arguments[:split])
     options.launch = arguments[split + 1 :]
     options.results = options.results.resolve()
-    if "made_videos" in options.benchmarks and not (ROOT / ".cache/lmms/videos").exists():
+    if "made_videos" in options.benchmarks and not (options.cwd / ".cache/lmms/videos").exists():
         parser.error(
             "made_videos: expected .cache/lmms/videos, got none; make it with python "
             "benchmarks/accuracy/dataset.py .cache/lmms/videos --videos 3 --scenes 32 48"

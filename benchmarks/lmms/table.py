@@ -199,7 +199,7 @@ def render(columns: dict[str, Column]) -> str:
             *(f"{column.difference():+.2f}" for column in columns.values()),
             f"{mean['pevlm'] - mean['full']:+.2f}",
         ],
-        ["95 % interval, ±", *(f"{column.margin():.2f}" for column in columns.values()), ""],
+        ["95 % interval, ±", *(_two(column.margin()) for column in columns.values()), ""],
         ["questions", *(str(column.questions) for column in columns.values()), ""],
         ["visible_fraction", *(f"{c.visible_fraction:.3f}" for c in columns.values()), ""],
     ]
@@ -208,6 +208,10 @@ def render(columns: dict[str, Column]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in rows
     )
+
+
+def _two(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def as_json(columns: dict[str, Column], common: dict[str, Any]) -> str:
