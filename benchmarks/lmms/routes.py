@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = Path(__file__).parent / "tasks"
-ENGINE = Path(__file__).parent / "engine.py"
+CLIENT = Path(__file__).parent / "client.py"
 
 FRAMES, VIDEO, IN_PROCESS = "frames", "video", "engine"
 ROUTES = {
@@ -87,9 +87,8 @@ def command(
         concurrency: requests at once.
         limit: questions a task; None is all.
     """
-    program = [str(ENGINE)] if route == IN_PROCESS else ["-m", "lmms_eval"]
     return [
-        *(python, *program),
+        *(python, str(CLIENT)),
         *("--model", CLIENTS[route], "--model_args", arguments),
         *("--tasks", ",".join(tasks), "--include_path", str(TASKS)),
         *("--batch_size", str(concurrency if route == IN_PROCESS else 1)),
