@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,30 @@ Info = dict[str, Any]
 """``/server_info``."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """What lmms-eval is pointed at.
+
+    Attributes:
+        arguments: lmms-eval's ``--model_args``.
+        info: asks for ``/server_info``; in lmms-eval's own process, what the Engine left.
+        server: None where the Engine lives in lmms-eval's process.
+    """
+
+    arguments: str
+    info: Callable[[], Info]
+    server: Server | None = None
+
+    def fresh(self) -> dict[str, int]:
+        """The counters before a benchmark, which finds no video of another one cached."""
+        if self.server is None:
+            return {}
+        flushed = self.server.post("/flush_cache?timeout=30")
+        if flushed.status_code != 200:
+            raise RunError(f"/flush_cache: expected HTTP 200, got {flushed.status_code}")
+        return counters(self.info())
+
+
 def counters(info: Info) -> dict[str, int]:
     """PEVLM's totals, summed over the schedulers, with the reasons of dense tokens beside them.
 
@@ -62,20 +87,15 @@ def counters(info: Info) -> dict[str, int]:
     return summed
 
 
-def evaluate(
-    options: argparse.Namespace, method: str, name: str, *, arguments: str, info: Callable[[], Info]
-) -> None:
-    """Run lmms-eval on one benchmark and leave its logs and ``run.json`` in the results.
-
-    Args:
-        arguments: of lmms-eval's model.
-        info: asks for ``/server_info``; without a server, what the Engine left.
-    """
+def evaluate(options: argparse.Namespace, method: str, name: str, target: Target) -> None:
+    """Run lmms-eval on one benchmark and leave its logs and ``run.json`` in the results."""
     output: Path = options.results / method / name
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    own_process = options.route == routes.IN_PROCESS
-    before = {} if own_process else counters(info())
+    before = target.fresh()
+    arguments = target.arguments
+    if options.client_args:
+        arguments += f",{options.client_args}"  # lmms-eval takes the last of a name
     command = routes.command(
         options.route,
         options.client,
@@ -95,7 +115,7 @@ def evaluate(
         raise RunError(
             f"lmms-eval: expected status 0, got {done.returncode}; its log ends:\n{tail}"
         )
-    after = info()
+    after = target.info()
     counted = {key: count - before.get(key, 0) for key, count in counters(after).items()}
     check_counters(method, name, counted)
     config = {key: value for key, value in after["pevlm"].items() if key != "enabled"}
@@ -122,15 +142,15 @@ def client_env(options: argparse.Namespace) -> dict[str, str]:
 
 
 @contextmanager
-def serving(options: argparse.Namespace, method: str) -> Iterator[tuple[str, Callable[[], Info]]]:
-    """lmms-eval's ``--model_args`` for a method, and how to ask for ``/server_info``."""
+def serving(options: argparse.Namespace, method: str) -> Iterator[Target]:
+    """A server of the method while the block lasts, or the Engine's arguments."""
     added = routes.server_flags(options.route, method)
     if options.route == routes.IN_PROCESS:
         left: Path = options.results / "server_info.json"
         left.unlink(missing_ok=True)
         flags = [*(DEFAULT_FLAGS if options.cpu else ()), *options.launch, *added]
         engine = {"model": options.model, **routes.engine_arguments(flags)}
-        yield routes.model_args(engine), lambda: dict(json.loads(left.read_text()))
+        yield Target(routes.model_args(engine), lambda: dict(json.loads(left.read_text())))
         return
     log = options.results / f"server-{method}.log"
     print(f"{METHODS[method]}: starting the server (log: {log})", flush=True)
@@ -142,7 +162,7 @@ def serving(options: argparse.Namespace, method: str) -> Iterator[tuple[str, Cal
         startup_timeout=STARTUP,
     ) as server:
         client = routes.server_arguments(options.route, server.url, options.concurrency)
-        yield routes.model_args(client), server.info
+        yield Target(routes.model_args(client), server.info, server)
 
 
 def installed(python: str) -> str:
@@ -189,6 +209,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments[:split])
     options.launch = arguments[split + 1 :]
     options.results = options.results.resolve()
+    if Path(options.model).exists():  # or it is a name, which SGLang resolves
+        options.model = str(Path(options.model).resolve())
     if "made_videos" in options.benchmarks and not (options.cwd / ".cache/lmms/videos").exists():
         parser.error(
             "made_videos: expected .cache/lmms/videos, got none; make it with python "
@@ -203,11 +225,9 @@ def main() -> None:
     try:
         options.lmms_eval = installed(options.client)
         for method in METHODS:
-            with serving(options, method) as (arguments, info):
-                if options.client_args:
-                    arguments += f",{options.client_args}"  # lmms-eval takes the last of a name
+            with serving(options, method) as target:
                 for name in options.benchmarks:
-                    evaluate(options, method, name, arguments=arguments, info=info)
+                    evaluate(options, method, name, target)
         columns, common = collect(options.results)
     except RunError as error:
         sys.exit(f"run: {error}")
