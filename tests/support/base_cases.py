@@ -1,4 +1,5 @@
-"""All cases of one base backend, in a process of its own: ``python -m support.base_cases BASE``.
+"""All cases of one base backend, with some prefill kernels, in a process of its own:
+``python -m support.base_cases BASE KERNEL...``.
 
 A process of its own, because Triton's interpreter and the emulated libraries have to be in place
 before anything is imported. Prints one JSON line: cases by kind, and the largest error.
@@ -19,32 +20,27 @@ from typing import Any
 import torch
 
 from pevlm_kernels.reference import masked_attention
+from support import emulated_kernels
 
 HEAD_DIM = 32
 TOLERANCE = 2e-5  # fp32, a hidden size of 64
 
 
 @torch.no_grad()
-def main(base: str) -> None:
-    if base == "fa3":
-        from support.emulated_kernels import install_flash_attention
-
-        install_flash_attention()
-    if base == "flashinfer":
-        from support.emulated_kernels import install_flashinfer
-
-        install_flashinfer()
-    runs = {
-        "dense": dense_cases(base),
-        "planned": planned_cases(base),
-        "sparse": sparse_cases(base),
-    }
-    summary: dict[str, Any] = {"base": base}
+def main(base: str, *kernels: str) -> None:
+    emulated_kernels.install(base)
     worst = 0.0
-    for kind, errors in runs.items():
-        done = list(errors)
-        summary[kind] = len(done)
-        worst = max(worst, *done)
+    summary: dict[str, Any] = {"base": base, "taken": {}}
+    dense = list(dense_cases(base))
+    worst = max(worst, *dense)
+    summary["dense"] = len(dense)
+    for kernel in kernels:
+        fixture = _fixture(_kit().make_dense_cases(base)[0], kernel)
+        taken = summary["taken"][kernel] = fixture.backend.pevlm_kernel
+        for kind, cases in (("planned", planned_cases), ("sparse", sparse_cases)):
+            errors = list(cases(base, taken))
+            summary[kind] = summary.get(kind, 0) + len(errors)
+            worst = max(worst, *errors)
     print(json.dumps({**summary, "max_error": worst}))
     assert worst <= TOLERANCE, f"largest error {worst} > {TOLERANCE}"
 
@@ -52,14 +48,14 @@ def main(base: str) -> None:
 def dense_cases(base: str) -> Any:
     """SGLang's dense kit through a backend with PEVLM put on: text requests are untouched."""
     for case in _kit().make_dense_cases(base):
-        if base in ("fa3", "flashinfer") and case.forward_mode.is_decode():
+        if base in emulated_kernels.BASES and case.forward_mode.is_decode():
             continue  # decode is the base's own, and its kernels are not emulated
         fixture = _fixture(case)
         actual = _kit().run_dense_fixture_eager(fixture)
         yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def planned_cases(base: str) -> Any:
+def planned_cases(base: str, kernel: str) -> Any:
     """The kit's prefill cases again, forced through a plan of one virtual sequence a request."""
     from pevlm_sglang.layout import Layout
     from pevlm_sglang.plan import virtual_sequences
@@ -67,7 +63,7 @@ def planned_cases(base: str) -> Any:
     for case in _kit().make_dense_cases(base):
         if case.forward_mode.is_decode():
             continue
-        fixture = _fixture(case)
+        fixture = _fixture(case, kernel)
         fixture.backend.init_forward_metadata(fixture.forward_batch)
         layouts = [Layout()] * case.batch_size
         sequences = virtual_sequences(layouts, case.prefix_lens, case.extend_lens)
@@ -76,7 +72,7 @@ def planned_cases(base: str) -> Any:
         yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def sparse_cases(base: str) -> Any:
+def sparse_cases(base: str, kernel: str) -> Any:
     """Batches of video, text and decode rows, cut anywhere, in pages of 1 and 16."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -106,7 +102,7 @@ def sparse_cases(base: str) -> Any:
                 prefix_lens=prefix,
                 extend_lens=extend,
             )
-            fixture = _fixture(case)
+            fixture = _fixture(case, kernel)
             fixture.forward_batch.mm_inputs = [
                 None if layout is text else SimpleNamespace(pevlm=RequestLayout(layout, None))
                 for layout in layouts
@@ -152,9 +148,10 @@ class _NoSkip(unittest.TestCase):
         raise AssertionError(f"skipped: {reason}")
 
 
-def _fixture(case: Any) -> Any:
+def _fixture(case: Any, kernel: str = "auto") -> Any:
     from pevlm_sglang.bases import put_on
     from pevlm_sglang.observe import Observer
+    from pevlm_sglang.support import attention_layers
 
     fixture = _kit().build_dense_attention_fixture(
         _NoSkip(),
@@ -166,7 +163,13 @@ def _fixture(case: Any) -> Any:
         loc_layout="shuffled_pages",
     )
     fixture.backend.is_multimodal = True  # the kit's model is text
-    put_on(fixture.backend, Observer(log=False, metrics=False))
+    put_on(
+        fixture.backend,
+        Observer(log=False, metrics=False),
+        layers=attention_layers(fixture.actual_module),
+        dtype=torch.float32,
+        kernel=kernel,
+    )
     return fixture
 
 
@@ -183,4 +186,4 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -39,7 +39,15 @@ class PevlmFlashInfer(PevlmBackend):
         paged = type(self.prefill_wrappers_paged[0])
         self._pevlm_wrapper = paged(self.workspace_buffer, "NHD", backend=self.prefill_backend)
 
-    def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
+    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
+        """A prediction; nothing of it was measured. FlashInfer plans the same virtual sequences
+        itself, so nothing is gained but on data-centre Blackwell (sm_100 to sm_110): its paged
+        kernel for pages of one token is Ampere's there, and FlashAttention-4 is written for that
+        GPU's tensor cores."""
+        blackwell = capability is not None and capability[0] in (10, 11)
+        return ("flash", "base") if blackwell else ("base",)
+
+    def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         plan = self.pevlm_build(sequences, forward_batch)
         updater = self.indices_updater_prefill
         self._pevlm_wrapper.begin_forward(
