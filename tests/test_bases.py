@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 
 
 # Base → dense cases of SGLang's kit (decode of the emulated ones is not run), and what is taken for
-# each --pevlm-prefill-kernel. FlashAttention and FlashInfer want a GPU, so `auto` is asked elsewhere.
+# each --pevlm-prefill-kernel.
 CASES = {
     "torch_native": (12, {"auto": "sdpa", "triton": "triton"}),
     "triton": (12, {"auto": "triton", "base": "base", "sdpa": "sdpa"}),
@@ -47,4 +47,5 @@ def test_base_backend(base: str) -> None:
     assert summary["taken"] == kernels
     assert summary["dense"] == dense
     assert (summary["planned"], summary["sparse"]) == (9 * len(kernels), 20 * len(kernels))
+    assert summary["fp8"] == 2 * sum(kernel != "base" for kernel in kernels.values())
     assert summary["max_error"] < 2e-5

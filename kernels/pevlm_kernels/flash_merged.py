@@ -5,14 +5,14 @@ virtual sequence against its own keys, causal, and all queries of the blocks aga
 without a mask; merged by their log-sum-exp. A virtual sequence that shares nothing, the question
 for instance, is whole in the first call.
 
-What it copies of the cache: each block's own keys, each sink once, and all keys of a question: twice
-the keys of a long video, where ``flash`` copies the sink for every block. Of what it copies at most
-``flash.GATHERED_BYTES`` are there at a time, or the keys of one virtual sequence or sink where those
-are more. From one packed sequence nothing is copied at all.
+What it copies of the cache: each block's own keys, each sink once, and all keys of a question. That
+is twice the keys of a long video, where ``flash`` copies the sink for every block. Of these copies
+at most ``flash.GATHERED_BYTES`` exist at a time, or the keys of one virtual sequence or sink where
+those are more. From one packed sequence nothing is copied at all.
 
-What it moves besides is a second output, written, and read with the first one to be merged. By
-bytes, an output of ``num_q_heads`` against keys of ``num_kv_heads``, that pays where a sink has more
-tokens than ``num_q_heads / num_kv_heads`` blocks.
+What it moves besides is a second output: written, then read with the first one and merged into it.
+By bytes, outputs of ``num_q_heads`` against keys of ``num_kv_heads``, that pays where a sink has
+more tokens than ``num_q_heads / num_kv_heads`` of its blocks together.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def token_table(plan: PrefillPlan) -> torch.Tensor:
     if "token_table" not in plan.memo:
         device = plan.kv_indices.device
         lengths = plan.cu_seqlens_k.diff()
-        # Row i of the table starts at i * width, its keys in the list at cu_seqlens_k[i]. Written by
-        # place and not by a mask, whose number of places the host would have to wait for.
+        # Row i of the table starts at i * width, its keys in the list at cu_seqlens_k[i]. Written
+        # by place and not by a mask, whose number of places the host would have to wait for.
         width, total = plan.max_seqlen_k, len(plan.kv_indices)
         starts = torch.arange(plan.num_seqs, device=device) * width - plan.cu_seqlens_k[:-1]
         of_seq = torch.repeat_interleave(lengths, output_size=total)

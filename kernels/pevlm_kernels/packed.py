@@ -123,4 +123,3 @@ def _pieces(length: int, sink_end: int, blocks: tuple[Block, ...]) -> list[tuple
     elif not pieces and length:
         pieces.append((0, length, 0))
     return pieces
-

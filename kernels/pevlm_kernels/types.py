@@ -93,8 +93,8 @@ class PrefillPlan:
         for first, end, num_keys in self.shared:
             if not at <= first < end <= self.num_seqs:
                 raise ValueError(
-                    f"PrefillPlan.shared: expected {at} <= first < end <= {self.num_seqs}, in order "
-                    f"and without overlap, got {first} and {end}"
+                    f"PrefillPlan.shared: expected {at} <= first < end <= {self.num_seqs}, in "
+                    f"order and without overlap, got {first} and {end}"
                 )
             most = min(self.seqlens_k[i] - self.seqlens_q[i] for i in range(first, end))
             if not 0 < num_keys <= most:
@@ -142,9 +142,7 @@ class PrefillPlan:
         return found
 
 
-def shared_keys(
-    pasts: Iterable[tuple[Hashable, int]], *, at_least: int = 1
-) -> tuple[Shared, ...]:
+def shared_keys(pasts: Iterable[tuple[Hashable, int]], *, at_least: int = 1) -> tuple[Shared, ...]:
     """Neighbours with the same past as :class:`Shared`.
 
     Args:

@@ -182,7 +182,8 @@ class PevlmBackend(AttentionBackend):
                 q, k, v, layer, forward_batch, save_kv_cache, **options
             )
             return base
-        if given := [name for name, value in options.items() if value not in (None, False)]:
+        given = [name for name, value in options.items() if not (value is None or value is False)]
+        if given:
             raise NotImplementedError(
                 f"--pevlm-prefill-kernel {self.pevlm_kernel}: the model calls its attention with "
                 f"{', '.join(given)}, expected none of SGLang's options; use "

@@ -289,9 +289,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.serving = _Serving(
-        config, rule, observer, keeper, fixes, prefill_backend.pevlm_kernel
-    )
+    _Process.serving = _Serving(config, rule, observer, keeper, fixes, prefill_backend.pevlm_kernel)
     if first_rank:
         steps = rule.frames_per_step
         logger.info(

@@ -49,7 +49,7 @@ def choose(
             the server's tensors; says why and what to do.
     """
     probes = _probes(backend, layers, dtype)
-    order = (requested,)
+    order: tuple[str, ...] = (requested,)
     if requested == "auto":
         narrow = any(probe.k_cache.dtype != probe.q.dtype for probe in probes)
         device = probes[0].q.device if probes else torch.device("cpu")
@@ -60,9 +60,8 @@ def choose(
     for kernel in order:
         reason = _refusal(backend, layers, probes, kernel)
         if reason is None:
-            if kernel != BASE:
-                for probe in probes:
-                    _run_once(kernel, probe)
+            for probe in probes if kernel != BASE else ():
+                _run_once(kernel, probe)
             return kernel, "; ".join(passed_over)
         passed_over.append(f"{kernel}: {reason}")
     remedy = "choose another, or auto" if requested != "auto" else "choose another base backend"

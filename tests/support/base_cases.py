@@ -14,12 +14,16 @@ from __future__ import annotations
 import json
 import sys
 import unittest
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pevlm_kernels.reference import masked_attention
+from pevlm_sglang.layout import FrameSpans, Layout
+from pevlm_sglang.observe import Observer, RequestLayout
+from pevlm_sglang.plan import virtual_sequences
 from support import emulated_kernels
 
 HEAD_DIM = 32
@@ -37,7 +41,10 @@ def main(base: str, *kernels: str) -> None:
     for kernel in kernels:
         fixture = _fixture(_kit().make_dense_cases(base)[0], kernel)
         taken = summary["taken"][kernel] = fixture.backend.pevlm_kernel
-        for kind, cases in (("planned", planned_cases), ("sparse", sparse_cases)):
+        kinds = {"planned": planned_cases, "sparse": sparse_cases}
+        if taken != "base":
+            kinds["fp8"] = fp8_cases
+        for kind, cases in kinds.items():
             errors = list(cases(base, taken))
             summary[kind] = summary.get(kind, 0) + len(errors)
             worst = max(worst, *errors)
@@ -57,9 +64,6 @@ def dense_cases(base: str) -> Any:
 
 def planned_cases(base: str, kernel: str) -> Any:
     """The kit's prefill cases again, forced through a plan of one virtual sequence a request."""
-    from pevlm_sglang.layout import Layout
-    from pevlm_sglang.plan import virtual_sequences
-
     for case in _kit().make_dense_cases(base):
         if case.forward_mode.is_decode():
             continue
@@ -76,12 +80,8 @@ def sparse_cases(base: str, kernel: str) -> Any:
     """Batches of video, text and decode rows, cut anywhere, in pages of 1 and 16."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from pevlm_sglang.layout import FrameSpans, Layout
-    from pevlm_sglang.observe import RequestLayout
-
-    video = FrameSpans(tuple((5 + 6 * i, 11 + 6 * i) for i in range(7)))  # tokens [5, 47)
-    wide = Layout.build([video], sink_frames=1, block_frames=2)
-    no_sink = Layout.build([video], sink_frames=0, block_frames=3)
+    wide = _video_layout(sink_frames=1, block_frames=2)
+    no_sink = _video_layout(sink_frames=0, block_frames=3)
     text = Layout()
     batches = [
         ([wide], (0,), (50,)),
@@ -117,8 +117,67 @@ def sparse_cases(base: str, kernel: str) -> Any:
             yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:
+def fp8_cases(base: str, kernel: str) -> Any:
+    """A video on an fp8 pool with scales, as SGLang's pool stores them."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    for page_size in (1, 16):
+        case = _kit().DenseAttentionCase(
+            name="pevlm",
+            backend=base,
+            forward_mode=ForwardMode.EXTEND,
+            num_heads=4,
+            num_kv_heads=2,
+            page_size=page_size,
+            prefix_lens=(0,),
+            extend_lens=(50,),
+        )
+        fixture = _fixture(case, kernel)
+        pool, layer = fixture.backend.token_to_kv_pool, fixture.actual_module.attn
+        fixture.backend.token_to_kv_pool = MHATokenToKVPool(
+            size=pool.size,
+            page_size=page_size,
+            dtype=torch.float8_e5m2,
+            head_num=2,
+            head_dim=HEAD_DIM,
+            layer_num=1,
+            device="cpu",
+            enable_memory_saver=False,
+            enable_alt_stream=False,
+        )
+        layer.k_scale, layer.v_scale = torch.tensor(0.37), torch.tensor(2.3)
+        layer.k_scale_float, layer.v_scale_float = 0.37, 2.3
+        layout = _video_layout(sink_frames=1, block_frames=2)
+        fixture.forward_batch.mm_inputs = [SimpleNamespace(pevlm=RequestLayout(layout, None))]
+        fixture.backend.init_forward_metadata(fixture.forward_batch)
+        actual = _forward(fixture)
+        scaled = fixture.backend.pevlm_stores_scaled
+
+        def stored(x: torch.Tensor, scale: float, scaled: bool = scaled) -> torch.Tensor:
+            factor = scale if scaled else 1.0
+            return (x / factor).to(torch.float8_e5m2).to(x.dtype) * factor
+
+        expected = _expected_sparse(fixture, [layout], stored)
+        yield _error(actual, expected)
+        assert _error(actual, _expected_sparse(fixture, [layout])) > 100 * TOLERANCE, "no rounding"
+
+
+def _video_layout(*, sink_frames: int, block_frames: int) -> Layout:
+    video = FrameSpans(tuple((5 + 6 * i, 11 + 6 * i) for i in range(7)))  # tokens [5, 47)
+    return Layout.build([video], sink_frames=sink_frames, block_frames=block_frames)
+
+
+def _expected_sparse(
+    fixture: Any,
+    layouts: list[Layout],
+    stored: Callable[[torch.Tensor, float], torch.Tensor] = lambda x, scale: x,
+) -> torch.Tensor:
+    """Args:
+    stored: a key or value as it comes back from the cache, given the layer's scale.
+    """
     case, module = fixture.case, fixture.actual_module
+    k_scale, v_scale = (getattr(module.attn, f"{x}_scale_float") or 1.0 for x in "kv")
     outputs = []
     inputs = fixture.input_hidden.split(case.extend_lens)
     for layout, past, new in zip(layouts, fixture.prefix_hidden, inputs, strict=True):
@@ -130,6 +189,7 @@ def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:
         mask = torch.tensor(
             [[layout.visible(i, j) for j in range(length)] for i in range(len(past), length)]
         )
+        k, v = stored(k, k_scale), stored(v, v_scale)
         out = masked_attention(q[len(past) :], k, v, mask, softmax_scale=module.attn.scaling)
         outputs.append(module.o_proj(out.flatten(1)))
     return torch.cat(outputs)
@@ -150,7 +210,6 @@ class _NoSkip(unittest.TestCase):
 
 def _fixture(case: Any, kernel: str = "auto") -> Any:
     from pevlm_sglang.bases import put_on
-    from pevlm_sglang.observe import Observer
     from pevlm_sglang.support import attention_layers
 
     fixture = _kit().build_dense_attention_fixture(

@@ -230,7 +230,7 @@ def trtllm_batch_context_with_kv_cache(
     causal: bool,
     **_unused: Any,
 ) -> torch.Tensor:
-    """``flashinfer.prefill.trtllm_batch_context_with_kv_cache``: pages of ``[heads, page, dim]``."""
+    """FlashInfer's, on pages of ``[heads, page, dim]``."""
     assert causal
     assert bmm2_scale == 1
     out = torch.full_like(query, torch.nan)
@@ -250,25 +250,31 @@ def install_pevlm_flash() -> None:
     from pevlm_kernels import flash, flash_merged, flash_paged
 
     for module in (flash, flash_merged, flash_paged):
-        module.refusal = lambda *tensors: None
+        vars(module)["refusal"] = lambda *tensors: None
     flash.varlen = lambda device: partial(flash._call, flash_attn_varlen_func, "return_lse")
 
 
 def install_flash_attention() -> None:
-    """Stand in for ``sgl_kernel``, which does not load without a GPU. Call before SGLang's backend
-    is imported."""
+    """Stand in for ``sgl_kernel`` and FlashAttention-3."""
+    module = _flash_attention_backend()
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
+    module.get_device_capability = lambda *args: (9, 0)
+    # SGLang's factory looks at the GPU before it constructs the backend.
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    ATTENTION_BACKENDS["fa3"] = module.FlashAttentionBackend
+
+
+def _flash_attention_backend() -> Any:
+    """SGLang's module, which imports ``sgl_kernel``, which does not load without a GPU."""
     kernel, flash = types.ModuleType("sgl_kernel"), types.ModuleType("sgl_kernel.flash_attn")
     kernel.merge_state_v2 = None  # type: ignore[attr-defined]
     for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata"):
         setattr(flash, name, None)
     sys.modules |= {"sgl_kernel": kernel, "sgl_kernel.flash_attn": flash}
-    from sglang.srt.layers.attention import flashattention_backend as module
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.layers.attention import flashattention_backend
 
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache
-    module.get_device_capability = lambda *args: (9, 0)
-    # SGLang's factory looks at the GPU before it constructs the backend.
-    ATTENTION_BACKENDS["fa3"] = module.FlashAttentionBackend
+    return flashattention_backend
 
 
 def install_flashinfer() -> None:
@@ -284,8 +290,8 @@ def install_flashinfer() -> None:
 
 def install_flash_attention_4() -> None:
     """Stand in for SGLang's copy of FlashAttention-4."""
+    module = _flash_attention_backend()
     from sglang.kernels.ops.attention import flash_attention_v4
-    from sglang.srt.layers.attention import flashattention_backend as module
 
     flash_attention_v4.flash_attn_with_kvcache = flash_attn_with_kvcache
     module.get_device_capability = lambda *args: (10, 0)
@@ -296,6 +302,7 @@ def install_trtllm_mha() -> None:
     install_flashinfer()
     from sglang.srt.layers.attention import trtllm_mha_backend as module
 
+    module.make_persistent_multi_ctas_kv_counter_buffer = lambda *args, **kwargs: None
     prefill = types.SimpleNamespace(
         trtllm_batch_context_with_kv_cache=trtllm_batch_context_with_kv_cache
     )

@@ -62,7 +62,7 @@ def _mixin(backend_name: str) -> type[PevlmBackend]:
     if backend_name not in _MIXINS:
         raise UnsupportedError(
             f"SGLang's attention backend {backend_name}: PEVLM cannot build on it; "
-            "choose one with --pevlm-base-backend fa3|flashinfer|triton|torch_native"
+            "choose one with --pevlm-base-backend fa3|fa4|flashinfer|trtllm_mha|triton|torch_native"
         )
     module, mixin = _MIXINS[backend_name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), mixin)
