@@ -66,7 +66,7 @@ def build_plan(
     keys = [(sequence.row, sequence.piece.keys) for sequence in sequences]
     seqlens_q = tuple(sequence.piece.num_queries for sequence in sequences)
     lists = slot_lists(seqlens_q, keys, req_to_token, req_pool_indices)
-    pasts = [(row, ranges[:-1]) for row, ranges in keys]
+    pasts = ((row, ranges[:-1]) for row, ranges in keys)
     return PrefillPlan(
         cu_seqlens_q=lists.cu_seqlens_q,
         cu_seqlens_k=lists.cu_seqlens_k,
