@@ -185,7 +185,7 @@ def derived(plan: PrefillPlan, device: torch.device) -> dict[str, float]:
         plan.memo.clear()
         function()
 
-    makers = {
+    makers: dict[str, Callable[[], Any]] = {
         "triton": partial(plan.tiles, 128),
         "fa3 base, flash_paged": partial(token_table, plan),
         "flash_merged": lambda: (_own_parts(plan, len(plan.kv_indices)), _shared_parts(plan)),

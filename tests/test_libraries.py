@@ -171,6 +171,28 @@ def test_flash_on_an_fp8_cache(module: types.ModuleType, stored: torch.dtype) ->
     assert_within_budget(out, expected)
 
 
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_merged])
+def test_batch_order_changes_no_bit(module: types.ModuleType) -> None:
+    batch = video_batch()
+    call = batch_call(batch, num_q_heads=14, num_kv_heads=2, dtype=torch.bfloat16)
+    order = [2, 0, 3, 1]
+    shuffled = Batch(
+        *([part[i] for i in order] for part in (batch.layouts, batch.prefix_lens)),
+        *([part[i] for i in order] for part in (batch.extend_lens, batch.rows)),
+        batch.req_to_token,
+        batch.req_pool_indices[order],
+    )
+    assert shuffled.plan.shared != call.plan.shared
+    rows = torch.arange(call.plan.total_q).split(batch.extend_lens)
+    places = torch.cat([rows[i] for i in order])
+    scales = {"softmax_scale": call.softmax_scale, "v_scale": 1.0}
+    out, lse = module.prefill(call.q, call.k_cache, call.v_cache, call.plan, **scales)
+    again = module.prefill(call.q[places], call.k_cache, call.v_cache, shuffled.plan, **scales)
+    assert torch.equal(again[0], out[places])
+    assert torch.equal(again[1], lse[:, places])
+
+
 def test_gathered_keys_fit_their_room() -> None:
     q, cache = torch.empty(1, 28, 128, dtype=torch.bfloat16), torch.empty(1, 4, 128)
     assert flash.gathered_keys(q, cache) * 2 * 4 * 128 * 2 == flash.GATHERED_BYTES
