@@ -162,9 +162,12 @@ def shared_keys(pasts: Iterable[tuple[Hashable, int]], *, at_least: int = 1) -> 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small host tensor on the device, without waiting for it: a copy from pageable memory would
     hold the host until everything before it on the device is done."""
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    return pinned(host, device).to(device, non_blocking=True)
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor in memory that a GPU can copy from by itself, where the device is one."""
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def upload_lists(lists: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:

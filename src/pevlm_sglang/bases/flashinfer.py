@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pevlm_kernels.flashinfer import host_lists
 from pevlm_sglang.backend import PevlmBackend
 from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
@@ -50,11 +51,12 @@ class PevlmFlashInfer(PevlmBackend):
     def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         plan = self.pevlm_build(sequences, forward_batch)
         updater = self.indices_updater_prefill
+        cu_seqlens_q, cu_seqlens_k, last_page_len = host_lists(plan)
         self._pevlm_wrapper.begin_forward(
-            plan.cu_seqlens_q,
-            plan.cu_seqlens_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
             plan.kv_indices.to(torch.int32),
-            torch.ones(plan.num_seqs, dtype=torch.int32, device=plan.kv_indices.device),
+            last_page_len,
             updater.num_qo_heads,
             updater.num_kv_heads,
             updater.head_dim,
