@@ -33,7 +33,8 @@ if INTERPRETED:  # a process for Triton alone: see test_triton.py
     HERE = ["triton"]
     IMPLS = HERE
 else:
-    on_gpu = [name for name in IMPLEMENTATIONS if name != "flash_merged"]  # see test_packed.py
+    packed = ("flash_merged", "flash_masked")  # see test_packed.py
+    on_gpu = [name for name in IMPLEMENTATIONS if name not in packed]
     HERE = ["reference", "sdpa"]
     IMPLS = HERE + [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in on_gpu]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -33,11 +33,7 @@ def pasts_of(plan: PrefillPlan) -> list[Past]:
     Raises:
         ValueError: a plan of anything but one packed sequence.
     """
-    if plan.seams is None:
-        raise ValueError(
-            "impl 'flash_merged': expected the plan of one packed sequence (packed_plan), whose "
-            "keys are two runs of rows; got a list of cache slots"
-        )
+    require_packed(plan, "flash_merged")
     pasts: list[Past] = []
     ends = accumulate(plan.seqlens_q)
     for n, m, end in zip(plan.seqlens_q, plan.seqlens_k, ends, strict=True):
@@ -48,6 +44,19 @@ def pasts_of(plan: PrefillPlan) -> list[Past]:
         else:
             pasts.append(Past(end - n, end, m - n))
     return pasts
+
+
+def require_packed(plan: PrefillPlan, impl: str) -> None:
+    """Check that a plan is of one packed sequence.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if plan.seams is None:
+        raise ValueError(
+            f"impl {impl!r}: expected the plan of one packed sequence (packed_plan), whose keys "
+            "are two runs of rows; got a list of cache slots"
+        )
 
 
 def prefill(
