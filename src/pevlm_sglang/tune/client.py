@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from urllib3.exceptions import ReadTimeoutError
 
 from pevlm_sglang.layout import full_pairs
 
@@ -249,7 +250,8 @@ class Client:
             )
         whole = "".join(text)
         # SGLang sends the end of turn with an answer's last tokens, or not at all.
-        if finish_reason == "stop" and "".join(token.text for token in tokens[:-1]) == whole:
+        spelt = "".join(token.text for token in tokens[:-1]).encode(errors="surrogateescape")
+        if finish_reason == "stop" and spelt == whole.encode(errors="surrogatepass"):
             tokens = tokens[:-1]
         return Answer(whole, ttft, prompt_tokens, tuple(tokens), finish_reason)
 
@@ -284,16 +286,19 @@ class Client:
                         f"{_message(_decoded(response))}"
                     )
                 yield response
-        except requests.Timeout:
-            raise ServerError(
-                f"{self.url}{path}: the server was silent for {self.timeout:g} s; a longer "
-                "timeout helps if it only works slowly"
-            ) from None
         except requests.RequestException as error:
-            raise ServerError(
-                f"{self.url}{path}: expected a running SGLang server, got "
-                f"{type(error).__name__}: {str(error)[:_SHOWN]}"
-            ) from None
+            raise ServerError(f"{self.url}{path}: {self._failure(error)}") from None
+
+    def _failure(self, error: requests.RequestException) -> str:
+        # requests passes on a time-out within a stream as a ConnectionError.
+        wrapped = error.args[0] if error.args else None
+        if isinstance(error, requests.ReadTimeout) or isinstance(wrapped, ReadTimeoutError):
+            return (
+                f"the server was silent for {self.timeout:g} s; a longer timeout helps if it only "
+                "works slowly"
+            )
+        shown = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
+        return f"expected an answer of a running SGLang server, got {shown}"
 
     def _without_pevlm(self) -> ServerError:
         return ServerError(
