@@ -11,7 +11,8 @@ of slots, a few kernels on a GPU, is most of it.
 
 - ``plan``: all forwards of a prompt of 100k tokens together, in one chunk and in chunks of 8192.
   ``host`` is the same on PyTorch's ``meta`` device, which computes nothing: what the host does
-  whatever the device, and a little more, since that device's operators are slow to call. ``keys`` are those of all virtual sequences, the slots that are gathered.
+  whatever the device, and more, since that device's operators are slow to call. ``keys`` are those
+  of all virtual sequences, the slots that are gathered.
 - ``derived``: what a kernel adds to a plan in its first layer.
 - ``layout``: once a request, when it arrives.
 - ``share``: the plan of one chunk beside the prefill that it is for, a Qwen2 decoder with random
@@ -282,8 +283,7 @@ def text_rows(
 
 
 TEXT_HEADER = (
-    f"{'text on':14}{'init us':>10}{'with pevlm':>12}{'added us':>12}"
-    f"{'forward ms':>12}{'share':>9}"
+    f"{'text on':14}{'init us':>10}{'with pevlm':>12}{'added us':>12}{'forward ms':>12}{'share':>9}"
 )
 
 
