@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accuracy import fast, model, questions, videos
+from accuracy import fast, model, questions, recipe, videos
 from accuracy.dataset import HELD_OUT_SCENES
 from accuracy.model import AFTER
-from accuracy.train import ANSWER, SLOT, scenes_of_step
+from accuracy.train import scenes_of_step
+from accuracy.trainer import ANSWER, SLOT
 
 
 @pytest.fixture(name="directory", scope="module")
@@ -101,15 +103,33 @@ def test_answers_are_balanced(task: str) -> None:
     rng = np.random.default_rng(0)
     found = [questions.ask(rng, world(seed, 32), task) for seed in range(1200)]
     answers = [q.answer for q in found if q]
-    for kind in (videos.COLOURS, videos.PLACES, videos.EVENTS, "01234"):
+    for kind in (videos.COLOURS, videos.PLACES, videos.EVENTS, "0123"):
         counts = Counter(answer for answer in answers if answer in kind)
         assert not counts or max(counts.values()) < 2 * min(counts.values()), counts
 
 
 def test_held_out_lengths_are_not_trained_on() -> None:
     rng = np.random.default_rng(0)
-    drawn = {scenes_of_step(rng, 1000, [[0, 6], [900, 56]]) for _ in range(2000)}
-    assert drawn == set(range(4, 57)) - set(HELD_OUT_SCENES)
+    for phase in recipe.PHASES:
+        shortest, longest = phase.scenes
+        drawn = {scenes_of_step(rng, phase) for _ in range(2000)}
+        assert drawn == set(range(shortest, longest + 1)) - set(HELD_OUT_SCENES)
+
+
+def test_the_recipe_is_in_order() -> None:
+    """Phases follow each other, weigh every task, and rates rise and fall where they say."""
+    for before, phase in pairwise(recipe.PHASES):
+        assert before.until <= phase.first < phase.until
+    for phase in recipe.PHASES:
+        assert len(phase.weights) == len(questions.TASKS)
+        assert sum(phase.weights) == pytest.approx(1)
+        assert phase.rate(phase.first) <= 0.02
+        assert recipe.phase_of(phase.until - 1) is phase
+    last = recipe.PHASES[-1]
+    assert recipe.phase_of(last.until) is None
+    middle = (last.first + last.until) // 2
+    assert last.rate(middle) == pytest.approx(0.5, abs=0.01)
+    assert last.rate(last.until - 1) == 0.02
 
 
 def test_patches_are_the_processors(directory: Path) -> None:

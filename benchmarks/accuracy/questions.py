@@ -5,7 +5,7 @@ Seven tasks, which need different things of attention:
 - ``code``: read the two digits that one scene of the video shows (needle, OCR);
 - ``time``: colour or place of what was shown a number of seconds before the end;
 - ``order``: which of two events came first;
-- ``count``: how often an event occurs in the whole video, 0 to 4;
+- ``count``: how often an event occurs in the whole video, 0 to 3;
 - ``cross``: colour or place of what was shown just before an event, one scene earlier;
 - ``occurrence``: colour or place of the first or the last of several events of a kind;
 - ``find``: colour or place of an event that occurs once, the step that the last two build on.
@@ -20,7 +20,7 @@ from accuracy.videos import CODE, COLOURS, EVENTS, FILLERS, MAX_COUNT, PLACES, W
 
 TASKS = ("code", "time", "order", "count", "cross", "occurrence", "find")
 COLOUR_NAMES = tuple(COLOURS)
-CHANCE = {"code": 0.01, "time": 5 / 24, "order": 0.5, "count": 0.2, "cross": 5 / 24}
+CHANCE = {"code": 0.01, "time": 5 / 24, "order": 0.5, "count": 0.25, "cross": 5 / 24}
 CHANCE["occurrence"] = CHANCE["find"] = CHANCE["time"]
 MAX_SCENES = 64
 _UNITS = (
@@ -90,9 +90,19 @@ def _cross(rng: np.random.Generator, world: World) -> Question | None:
     if not scenes:
         return None
     scene = int(rng.choice(scenes))
-    kind, answer = _attribute(rng, world, scene - 1)
+    return cross_at(world, scene, _kind(rng, world)[0])
+
+
+def cross_at(world: World, scene: int, kind: str) -> Question:
+    """The question of ``cross`` about one scene.
+
+    Args:
+        scene: of an event that occurs once; the scene before it is not that of the code.
+        kind: "Colour" or "Place".
+    """
+    values = world.colours if kind == "Colour" else world.places
     event = EVENTS[world.shapes[scene] - len(FILLERS)]
-    return Question("cross", f"{kind} before {event}?", answer)
+    return Question("cross", f"{kind} before {event}?", _name(kind, int(values[scene - 1])))
 
 
 def _find(rng: np.random.Generator, world: World) -> Question | None:

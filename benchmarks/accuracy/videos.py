@@ -34,7 +34,7 @@ EVENTS = ("star", "cross", "ring", "triangle", "diamond", "bar", "heart", "arrow
 SHAPES = (*FILLERS, *EVENTS)
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 CODE = len(SHAPES)  # the shape number of a scene that shows the code
-MAX_COUNT = 4  # occurrences of one event shape
+MAX_COUNT = 3  # occurrences of one event shape
 GROUND = np.array([[(70, 90, 120), (40, 55, 80)], [(95, 75, 50), (60, 45, 28)]], dtype=np.float32)
 SEGMENTS = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcfgd")
 

@@ -19,7 +19,6 @@ import torch
 
 from pevlm_kernels import flash
 from pevlm_kernels.choice import is_installed
-from pevlm_kernels.flash_merged import require_packed
 from pevlm_kernels.types import PrefillPlan
 
 MODULE = "flash_attn.cute"
@@ -72,8 +71,16 @@ def prefill(
     softmax_scale: float,
     v_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pevlm_kernels.interface.pevlm_prefill`; the plan is of one packed sequence."""
-    require_packed(plan, "flash_masked")
+    """See :func:`pevlm_kernels.interface.pevlm_prefill`.
+
+    Raises:
+        ValueError: a plan of anything but one packed sequence.
+    """
+    if plan.seams is None:
+        raise ValueError(
+            "impl 'flash_masked': expected the plan of one packed sequence (packed_plan), whose "
+            "keys are two runs of rows; got a list of cache slots"
+        )
     library = load()
     block_q = BLOCK_Q[torch.cuda.get_device_capability(q.device)[0]]
     if "flash_masked" not in plan.memo:

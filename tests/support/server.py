@@ -54,17 +54,18 @@ class Server:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | str,
         *flags: str,
         env: Mapping[str, str] | None = None,
         log_path: Path | None = None,
         startup_timeout: float = 240.0,
         port: int | None = None,
         command: str = "launch_server",
+        on_cpu: bool = True,
     ) -> None:
         """
         Args:
-            model: directory of the model.
+            model: directory of the model, or a name that SGLang resolves.
             flags: of ``sglang.launch_server``; they take precedence over ``DEFAULT_FLAGS``.
             env: variables on top of this process's own and ``DEFAULT_ENV``.
             log_path: where stdout and stderr go; None is a file that goes with the server.
@@ -72,6 +73,7 @@ class Server:
             port: None takes a free one.
             command: ``launch_server`` (``python -m sglang.launch_server``) or ``serve``
                 (``sglang serve``).
+            on_cpu: False leaves out ``DEFAULT_FLAGS`` and ``DEFAULT_ENV``.
         """
         self._port = port or _free_port()
         self._log_is_temporary = log_path is None
@@ -85,12 +87,12 @@ class Server:
             *COMMANDS[command],
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--model-path", str(model)),
-            *DEFAULT_FLAGS,
+            *(DEFAULT_FLAGS if on_cpu else ()),
             *flags,
         ]
         self._env = {
             **os.environ,
-            **DEFAULT_ENV,
+            **(DEFAULT_ENV if on_cpu else {}),
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
