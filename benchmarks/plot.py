@@ -124,8 +124,8 @@ def main() -> None:
     written = []
     for file in options.results:
         result = json.loads(file.read_text())
-        if result["benchmark"] not in PLOTS:
-            print(f"{file}: no figure for the benchmark {result['benchmark']!r}")
+        if result.get("benchmark") not in PLOTS:
+            print(f"{file}: no figure for the benchmark {result.get('benchmark')!r}")
             continue
         path = options.to / f"{file.stem}.png"
         PLOTS[result["benchmark"]](result, path)
