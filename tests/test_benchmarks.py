@@ -225,7 +225,7 @@ def test_scripts_run(tmp_path: Path) -> None:
     assert all(row["green"] for row in found["rows"])
     lengths = ("--lengths", "512", "1024", "--repeats", "1")
     found = json.loads(run("bench_llm_prefill.py", *lengths, "--output", str(llm)))
-    assert found["error_of_budget"] <= 1
+    assert all(row["error_of_budget"] <= 1 for row in found["rows"])
     assert [row["pevlm_sparse_calls"] > 0 for row in found["rows"]] == [False, True]
     figures = json.loads(run("plot.py", str(attention), str(llm), "--to", str(tmp_path)))
     assert all(Path(figure).stat().st_size > 10_000 for figure in figures)
