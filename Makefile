@@ -1,7 +1,7 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make test   format, lint, types and tests
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
-# make accuracy   every result of the small video model, its tables and its figures, in a quarter of an hour
+# make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
 # All install what they need first, into .venv. PYTHON=... names another interpreter than python3;
 # ARGS=... goes to pytest or to the demo.
 

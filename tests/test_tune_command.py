@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pevlm_sglang.cli import main
-from pevlm_sglang.config import resolve
+from pevlm_sglang.config import PevlmConfig, resolve
 from pevlm_sglang.tune import plot
 from pevlm_sglang.tune.points import open_points
 from support.fake_server import FakeServer
@@ -152,9 +152,13 @@ def test_unlabelled(
 def test_full_attention_as_a_preset(
     server: FakeServer, questions: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:
+    """Beside the server's own options that change answers."""
     server.wrong = {setting: {"Say red"} for setting in SETTINGS if setting}
+    assert server.pevlm is not None
+    server.pevlm["vision_fixes"] = False
     assert run(questions) == 0
-    assert not resolve(tmp_path / "out" / "preset.yaml", {}).enabled
+    preset = resolve(tmp_path / "out" / "preset.yaml", {})
+    assert preset == PevlmConfig(enabled=False, vision_fixes=False)
 
 
 def test_no_setting_within_the_limit(

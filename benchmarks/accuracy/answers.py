@@ -28,11 +28,13 @@ class Answers:
 
     Attributes:
         methods: names, in the order of ``right``.
+        tasks: those that any question is of.
         right: ``[methods, videos, tasks]`` float64, questions answered right.
         asked: ``[videos, tasks]`` float64, questions.
     """
 
     methods: Sequence[str]
+    tasks: Sequence[str]
     right: np.ndarray
     asked: np.ndarray
 
@@ -40,14 +42,15 @@ class Answers:
     def of(cls, rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Self:
         """Args: rows: one a question: ``video``, ``task``, and ``right``, method → bool."""
         number = {video: i for i, video in enumerate(sorted({row["video"] for row in rows}))}
-        right = np.zeros((len(methods), len(number), len(TASKS)))
-        asked = np.zeros((len(number), len(TASKS)))
+        tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+        right = np.zeros((len(methods), len(number), len(tasks)))
+        asked = np.zeros((len(number), len(tasks)))
         for row in rows:
-            where = number[row["video"]], TASKS.index(row["task"])
+            where = number[row["video"]], tasks.index(row["task"])
             asked[where] += 1
             for i, method in enumerate(methods):
                 right[(i, *where)] += row["right"][method]
-        return cls(methods, right, asked)
+        return cls(methods, tasks, right, asked)
 
     def accuracy(self, method: str) -> dict[str, Any]:
         """``accuracy`` and ``interval`` of all, and by ``tasks`` with their ``questions``."""
@@ -63,7 +66,7 @@ class Answers:
                     "interval": interval(by_draw[:, j]),
                     "questions": int(self.asked[:, j].sum()),
                 }
-                for j, task in enumerate(TASKS)
+                for j, task in enumerate(self.tasks)
             },
         }
 
@@ -87,7 +90,7 @@ class Answers:
         by_draw = np.sum([w * self._by_draw(method) for method, w in weights.items()], axis=0)
         found = _tested(shares.mean(1), by_draw.mean(1))
         found["tasks"] = {
-            task: _tested(shares[:, j], by_draw[:, j]) for j, task in enumerate(TASKS)
+            task: _tested(shares[:, j], by_draw[:, j]) for j, task in enumerate(self.tasks)
         }
         return found
 

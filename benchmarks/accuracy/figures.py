@@ -113,36 +113,42 @@ def sizes(result: Mapping[str, Any], path: Path) -> None:
 
 
 def latency(result: Mapping[str, Any], path: Path) -> None:
-    """The latencies' distribution with the limits, and the accuracy under each."""
-    figure, (times, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    """A row a workload: the latencies with the limits, and the accuracy under each."""
+    workloads = result["workloads"]
+    figure, panels = pyplot.subplots(len(workloads), 2, figsize=(11, 4 * len(workloads)))
     column = {name: i for i, name in enumerate(result["columns"])}
-    limits = result["accuracy"]
-    width = 0.8 / len(result["settings"])
-    for i, (setting, colour) in enumerate(zip(result["settings"], COLOURS, strict=True)):
-        own = sorted(
-            1e3 * row[column["latency_s"]]
-            for row in result["answers"]
-            if row[column["setting"]] == setting
-        )
-        times.step(own, np.arange(1, len(own) + 1) / len(own), color=colour, label=setting)
-        found = [limits[limit][setting] for limit in limits]
-        at = np.arange(len(limits)) + (i - 1) * width
-        bars.bar(at, [100 * one["accuracy"] for one in found], width, color=colour, alpha=0.6)
-        _errors(bars, at, found, colour)
-    for name, seconds in result["limits_s"].items():
-        times.axvline(1e3 * seconds, color="0.6", ls=":")
-        times.text(1e3 * seconds, 0.02, f" {name}", fontsize=8, color="0.4")
-    times.set(xlabel="latency, ms", ylabel="share of answers", xscale="log", ylim=(0, 1))
-    times.xaxis.set_major_formatter("{x:.0f}")
-    times.xaxis.set_minor_formatter("{x:.0f}")
-    times.tick_params(axis="x", which="both", labelsize=8)
-    times.legend()
-    names = [
-        f"{1e3 * result['limits_s'][n]:.0f} ms" if n in result["limits_s"] else n for n in limits
-    ]
-    bars.set_xticks(range(len(names)), names)
-    bars.set(xlabel="limit", ylabel="mean accuracy of the tasks, %", ylim=(0, 100))
+    for (name, found), (times, bars) in zip(workloads.items(), panels, strict=True):
+        answers = [row for row in result["answers"] if row[column["workload"]] == name]
+        for setting, colour in zip(result["settings"], COLOURS, strict=True):
+            own = [r for r in answers if r[column["setting"]] == setting]
+            at = sorted(1e3 * row[column["latency_s"]] for row in own)
+            times.step(at, np.arange(1, len(at) + 1) / len(at), color=colour, label=setting)
+        for limit, seconds in found["limits_s"].items():
+            times.axvline(1e3 * seconds, color="0.6", ls=":")
+            times.text(1e3 * seconds, 0.02, f" {limit}", fontsize=8, color="0.4")
+        times.set(xlabel="latency, ms", ylabel="share of answers", xscale="log", ylim=(0, 1))
+        for formatter in (times.xaxis.set_major_formatter, times.xaxis.set_minor_formatter):
+            formatter("{x:.0f}")
+        times.tick_params(axis="x", which="both", labelsize=8)
+        times.legend()
+        shortest, longest = found["times"]["full"]["prompt_tokens"]
+        times.set(title=f"prompts of {shortest} to {longest} tokens")
+        _bars(bars, found, result["settings"])
     _save(figure, path)
+
+
+def _bars(axes: Any, found: Mapping[str, Any], settings: Sequence[str]) -> None:
+    """Accuracy of each setting under each limit."""
+    limits, seconds = found["accuracy"], found["limits_s"]
+    width = 0.8 / len(settings)
+    for i, (setting, colour) in enumerate(zip(settings, COLOURS, strict=True)):
+        own = [limits[limit][setting] for limit in limits]
+        at = np.arange(len(limits)) + (i - 1) * width
+        axes.bar(at, [100 * one["accuracy"] for one in own], width, color=colour, alpha=0.6)
+        _errors(axes, at, own, colour)
+    names = [f"{1e3 * seconds[n]:.0f} ms" if n in seconds else "no limit" for n in limits]
+    axes.set_xticks(range(len(names)), names)
+    axes.set(xlabel="limit", ylabel="mean accuracy of the tasks, %", ylim=(0, 104))
 
 
 def attention(result: Mapping[str, Any], queries: str, path: Path) -> None:

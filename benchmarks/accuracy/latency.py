@@ -1,20 +1,28 @@
 """Accuracy under a limit on latency, through a running server (the paper's Table 2), as JSON.
 
-    python benchmarks/accuracy/latency.py --videos 20
+    python benchmarks/accuracy/latency.py
 
 Method. A real SGLang server on the CPU serves the small model in fp32. Every question is asked
 under full attention and under PEVLM's settings, which a request chooses, one request at a time and
 in an order that is drawn anew for each question. Nothing is reused: the prefix cache is emptied
 before each request, the cache of video embeddings is off. Latency is what the client sees from
 sending the request to the answer's last token: reading and decoding the file, processor, vision
-tower, prefill and decoding are in it. An answer that comes after the limit counts as wrong.
+tower, prefill and decoding are in it. An answer that comes after the limit counts as wrong; its
+latency and its text are of one and the same request.
 
-The limits are the 90 %, 50 % and 10 % quantiles of full attention's own latencies in the same run,
-a rule that was fixed before the first run: at the middle one, full attention loses half its
-answers.
+Two workloads. ``short``: the held-out videos of ``evaluate.py``, all tasks; prompts of some 200
+tokens. ``long``: held-out videos of 1024 scenes, each an eighth of a second long, so that M-RoPE's
+positions, which count seconds, stay within those of the training; some 4100 tokens, at which
+attention counts. No other task than ``code`` and ``find`` was asked there: on videos of the split
+for examples, full attention answered these two at that length and the others not.
 
-``results/latency.json`` holds a card, the limits, for each setting its latencies, its accuracy
-under each limit, the differences to full attention with their tests, and every question.
+The limits are the 90 %, 50 % and 10 % quantiles of full attention's own latencies in the same
+workload, a rule that was fixed before the first run: at the middle one, full attention loses half
+its answers.
+
+``results/latency.json`` holds a card; for each workload the limits, for each setting its latencies,
+its accuracy under each limit, and the differences to full attention with their tests; and every
+answer.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +48,9 @@ from accuracy.card import MODEL, RESULTS, card
 from accuracy.claims import better
 from accuracy.claims import tested as judged_accuracies
 from accuracy.dataset import EXAMPLE, HELD_OUT, HELD_OUT_SCENES, Clip, make_clip
-from accuracy.videos import FRAME
+from accuracy.model import STEP_TOKENS
+from accuracy.questions import TASKS
+from accuracy.videos import FPS, FRAME
 
 from pevlm_sglang.tune.client import Client
 from support.server import Server
@@ -49,19 +60,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sys+2f": {"enabled": True, "sink_frames": 2, "block_frames": 16},
     "sys+16f": {"enabled": True, "sink_frames": 16, "block_frames": 16},
 }
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Attributes: lengths: scenes of a video. fps: its frames a second, two a scene. tasks: asked.
+    videos: of each length. each: questions a task and video, where it allows them."""
+
+    lengths: tuple[int, ...]
+    fps: float
+    tasks: tuple[str, ...]
+    videos: int
+    each: int
+
+
+WORKLOADS = {
+    "short": Workload(HELD_OUT_SCENES, FPS, TASKS, videos=20, each=1),
+    "long": Workload((1024,), 8 * FPS, ("code", "find"), videos=12, each=3),
+}
+MOST_TEXT = 64  # tokens of a prompt beside its video
 QUANTILES = (0.9, 0.5, 0.1)  # of full attention's latencies: the limits
 NO_LIMIT = "none"
-OTHERWISE = (
-    "A limit can only favour PEVLM where attention takes a good part of the latency; prompts here "
-    "have some 200 tokens, and reading the video and the server's own work take the rest."
-)
-WARM_UP = 3  # questions that are not counted
-FLAGS = (
-    *("--attention-backend", "pevlm"),
-    *("--chunked-prefill-size", "-1"),
-    # The small frames must reach the model unscaled.
-    *("--mm-process-config", json.dumps({"video": {"min_pixels": FRAME * FRAME}})),
-)
+FLAGS = ("--attention-backend", "pevlm", "--chunked-prefill-size", "-1")
+WARM_UP = 2  # questions that are not counted
 
 
 def ask(client: Client, clip: Clip, video: Path, number: int, seed: int) -> list[dict[str, Any]]:
@@ -82,6 +103,11 @@ def ask(client: Client, clip: Clip, video: Path, number: int, seed: int) -> list
             after = client.counters()
             saved = after.pairs_saved - before.pairs_saved
             pairs = saved + after.pairs_computed - before.pairs_computed
+            if not 0 <= answer.prompt_tokens - STEP_TOKENS * len(clip.world) < MOST_TEXT:
+                raise RuntimeError(
+                    f"{video}: expected all {clip.frames} frames in the prompt, got "
+                    f"{answer.prompt_tokens} tokens"
+                )
             whole = answer.prompt_tokens * (answer.prompt_tokens + 1) // 2
             if pairs != whole or bool(saved) != SETTINGS[setting]["enabled"]:
                 raise RuntimeError(
@@ -160,13 +186,15 @@ def under_limits(
         limit: {setting: answers.accuracy(_name(setting, limit)) for setting in SETTINGS}
         for limit in limits
     }
+    tokens = max(row["prompt_tokens"] for row in rows)
     claims = [
         better(
             f"under a limit of {most:.3f} s, PEVLM with {setting} is above full attention "
             "(Table 2)",
             _name(setting, limit),
             _name("full", limit),
-            OTHERWISE,
+            "A limit can only favour PEVLM where attention takes a good part of the latency; these "
+            f"prompts have up to {tokens} tokens.",
         )
         for limit, most in limits.items()
         if limit != NO_LIMIT
@@ -184,66 +212,71 @@ def _of(rows: Sequence[Mapping[str, Any]], setting: str) -> list[Mapping[str, An
     return [row for row in rows if row["setting"] == setting]
 
 
-def measure(url: str, clips: Sequence[Clip], work: Path) -> list[dict[str, Any]]:
-    """All rows, after a warm-up on a video of another split."""
-    client = Client(url)
-    warm_up = make_clip(EXAMPLE, HELD_OUT_SCENES[-1], 0, 1)
-    for question in warm_up.questions[:WARM_UP]:
-        video = warm_up.write(work)
-        for setting in SETTINGS.values():
-            client.ask(video, question.text, setting=setting, max_tokens=8)
-    rows = []
-    for number, clip in enumerate(clips):
-        rows += ask(client, clip, clip.write(work), number, seed=0)
-        print(f"video {number + 1} of {len(clips)}", flush=True)
+def measure(
+    model: Path, workload: Workload, clips: Sequence[Clip], work: Path
+) -> list[dict[str, Any]]:
+    """All rows of a workload on a server of its own, after a warm-up on a video of another split.
+
+    Args:
+        work: directory for the video files.
+    """
+    video = {"min_pixels": FRAME**2, "fps": workload.fps, "max_frames": 2 * max(workload.lengths)}
+    flags = (*FLAGS, "--mm-process-config", json.dumps({"video": video}))
+    with Server(model, *flags, env={"SGLANG_VLM_CACHE_SIZE_MB": "0"}) as server:
+        client = Client(server.url)
+        warm_up = make_clip(EXAMPLE, workload.lengths[-1], 0, 1, workload.tasks)
+        warm_up = replace(warm_up, questions=warm_up.questions[:WARM_UP])
+        ask(client, warm_up, warm_up.write(work, workload.fps), 0, seed=0)
+        rows = []
+        for number, clip in enumerate(clips):
+            rows += ask(client, clip, clip.write(work, workload.fps), number, seed=0)
+            print(f"video {number + 1} of {len(clips)}", flush=True)
     return rows
 
 
-def result(rows: Sequence[Mapping[str, Any]], made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the JSON holds."""
+def result(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a workload, all but its answers."""
     limits = limits_of(rows)
     accuracy, claims = under_limits(rows, limits)
-    columns = [*rows[0]]
     return {
-        "card": made_with,
-        "settings": SETTINGS,
+        "tasks": [task for task in TASKS if any(row["task"] == task for row in rows)],
+        "videos": len({row["video"] for row in rows}),
+        "questions": len(rows) // len(SETTINGS),
         "limits_s": {name: limit for name, limit in limits.items() if name != NO_LIMIT},
         "times": times(rows),
         "accuracy": accuracy,
         "claims": claims,
-        "columns": columns,
-        "answers": [[row[name] for name in columns] for row in rows],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--videos", type=int, default=20, help="of each length")
-    parser.add_argument("--each", type=int, default=1, help="questions a task and video")
+    parser.add_argument("--videos", type=int, help="of each length (default: 20 short, 12 long)")
     parser.add_argument("--output", type=Path, default=RESULTS / "latency.json")
     options = parser.parse_args()
-    clips = [
-        make_clip(HELD_OUT, scenes, i, options.each)
-        for scenes in HELD_OUT_SCENES
-        for i in range(options.videos)
-    ]
-    with (
-        tempfile.TemporaryDirectory() as work,
-        Server(options.model, *FLAGS, env={"SGLANG_VLM_CACHE_SIZE_MB": "0"}) as server,
-    ):
-        rows = measure(server.url, clips, Path(work))
-    found = result(
-        rows,
-        card(options.model, videos=len(clips), questions=len(rows) // len(SETTINGS)),
-    )
-    answered = found.pop("answers")
-    body = ",\n  ".join(json.dumps(row) for row in answered)  # a line each
+    found: dict[str, Any] = {"settings": SETTINGS, "workloads": {}}
+    answers: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for name, workload in WORKLOADS.items():
+            clips = [
+                make_clip(HELD_OUT, scenes, i, workload.each, workload.tasks)
+                for scenes in workload.lengths
+                for i in range(options.videos or workload.videos)
+            ]
+            rows = measure(options.model, workload, clips, Path(work))
+            found["workloads"][name] = {"lengths": workload.lengths, "fps": workload.fps} | result(
+                rows
+            )
+            answers += [{"workload": name, **row} for row in rows]
+            print(name, json.dumps(found["workloads"][name]["times"], indent=1), flush=True)
+    videos = sum(one["videos"] for one in found["workloads"].values())
+    found |= {"card": card(options.model, videos=videos), "columns": [*answers[0]]}
+    body = ",\n  ".join(json.dumps([*answer.values()]) for answer in answers)  # a line each
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         f'{json.dumps(found, indent=1)[:-2]},\n "answers": [\n  {body}\n ]\n}}\n'
     )
-    print(json.dumps({"limits_s": found["limits_s"], "times": found["times"]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ class Comparison:
             )
         for group in self.groups:
             full, pevlm = self.scores(group)
-            if full < CHANCE[group.split(maxsplit=1)[0].rstrip(",")] + MIN_SKILL:
+            if full < CHANCE[GROUPS.get(group, group)] + MIN_SKILL:
                 found.append(f"{group}: full attention scores {full:.1%}, too little to judge by")
             if pevlm < full - GROUP_MARGIN:
                 found.append(

@@ -178,8 +178,8 @@ def sizes(result: Mapping[str, Any]) -> str:
 
 
 def under_limits(result: Mapping[str, Any]) -> str:
-    """Table 2's form, and the latencies themselves."""
-    settings = result["settings"]
+    """Table 2's form for a workload, and the latencies themselves."""
+    settings = result["times"]
     rows = []
     for limit, by_setting in result["accuracy"].items():
         seconds = result["limits_s"].get(limit)
@@ -198,22 +198,29 @@ def under_limits(result: Mapping[str, Any]) -> str:
         median = f"{1e3 * own['median_s']:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})"
         first = f"{1e3 * own['ttft_median_s']:.0f}"
         times.append([name, median, first, f"{100 * own['visible_fraction']:.0f} %", *longer])
-    shortest, longest = result["times"]["full"]["prompt_tokens"]
-    return (
-        f"{text}\n\nLatencies of the same answers, in ms; prompts of {shortest} to {longest} "
-        "tokens, one request at a time:\n\n"
-        + table(
-            [
-                "setting",
-                "median (10 % to 90 %)",
-                "first token",
-                "pairs computed",
-                "minus full (95 %)",
-                "p",
-            ],
-            times,
-        )
+    return f"{text}\n\nLatencies of the same answers, in ms:\n\n" + table(
+        [
+            "setting",
+            "median (10 % to 90 %)",
+            "first token",
+            "pairs computed",
+            "minus full (95 %)",
+            "p",
+        ],
+        times,
     )
+
+
+def limited(workload: Mapping[str, Any]) -> list[str]:
+    """What there is of a workload under limits."""
+    shortest, longest = workload["times"]["full"]["prompt_tokens"]
+    return [
+        f"### Prompts of {shortest} to {longest} tokens",
+        f"{workload['videos']} videos, {workload['questions']} questions of "
+        f"{', '.join(workload['tasks'])}; one request at a time.",
+        under_limits(workload),
+        claims(workload["claims"]),
+    ]
 
 
 def scores(result: Mapping[str, Any], queries: str) -> str:
@@ -268,8 +275,7 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
         claims(sweep["claims"]),
         "![accuracy against sizes](sizes.png)",
         "## Accuracy under a limit on latency (Table 2)",
-        under_limits(latency),
-        claims(latency["claims"]),
+        *(part for workload in latency["workloads"].values() for part in limited(workload)),
         "![latencies](latency.png)",
         "## Where attention goes (Figures 2, 8 to 10)",
     ]
