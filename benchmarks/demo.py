@@ -15,13 +15,13 @@ Sample output, on 2 cores that five other jobs were using too; a line of JSON fo
     a video made on the spot: .cache/demo/40-10.mp4, 40 s, 80 sampled frames
     starting the server of the small trained model (about a minute) ...
 
-    question                    right answer          full attention                 PEVLM
-    Code?                       32                     32     0.15 s         32     0.17 s
-    Place of triangle?          northeast       northeast     0.11 s  northeast     0.11 s
-    Place before diamond?       northeast       northeast     0.10 s  northeast     0.14 s
-    arrow or diamond first?     arrow               arrow     0.10 s      arrow     0.11 s
-    Place of last ring?         southwest       southwest     0.08 s  southwest     0.09 s
-    Colour ten seconds ago?     white               white     0.09 s      white     0.11 s
+    question                          right answer          full attention                 PEVLM
+    Code?                             32                     32     0.15 s         32     0.17 s
+    Place of triangle?                northeast       northeast     0.11 s  northeast     0.11 s
+    Place before diamond?             northeast       northeast     0.10 s  northeast     0.14 s
+    arrow or diamond first?           arrow               arrow     0.10 s      arrow     0.11 s
+    Place of last ring?               southwest       southwest     0.08 s  southwest     0.09 s
+    Colour ten seconds ago?           white               white     0.09 s      white     0.11 s
 
     all right, and the same; 186 tokens, 4 context blocks
 

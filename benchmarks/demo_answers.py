@@ -61,12 +61,12 @@ def run(work: Path, *, video: int, port: int | None) -> dict[str, Any]:
         both(clip.questions[0].text)  # the first requests take longer
         tokens = 0
         blocks = num_blocks(server, clip.frames)
-        print(f"\n{'question':28}{'right answer':14}{'full attention':>22}{'PEVLM':>22}")
+        print(f"\n{'question':34}{'right answer':14}{'full attention':>22}{'PEVLM':>22}")
         for question in clip.questions:
             full, pevlm = both(question.text)
             tokens = max(tokens, full.prompt_tokens)
             said = [f"{a.text} {a.ttft:8.2f} s" for a in (full, pevlm)]
-            print(f"{question.text:28}{question.answer:14}{said[0]:>22}{said[1]:>22}", flush=True)
+            print(f"{question.text:34}{question.answer:14}{said[0]:>22}{said[1]:>22}", flush=True)
             right = [a.ended and a.text == question.answer for a in (full, pevlm)]
             rows.append(
                 {
@@ -82,8 +82,9 @@ def run(work: Path, *, video: int, port: int | None) -> dict[str, Any]:
     if wrong := [row["question"] for row in rows if not row["right"]]:
         sys.exit(
             f"demo: expected the right answer under full attention and under PEVLM, got another to "
-            f"{', '.join(wrong)}; with other weights than those of this repository, choose another "
-            "video with --video NUMBER"
+            f"{', '.join(wrong)}. Wrong under PEVLM alone, the mask or this video is to blame; "
+            "with other weights, or a video that was not chosen for it, the model may just err: "
+            "try --video NUMBER"
         )
     print(f"\nall right, and the same; {tokens} tokens, {blocks} context blocks\n")
     return {"video": path.name, "answers": rows}

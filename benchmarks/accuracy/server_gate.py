@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import openai
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # `support` lives there
@@ -49,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # `suppo
 from accuracy.dataset import EXAMPLE, Clip, make_clip
 from accuracy.edges import GROUPS, edge_clip
 from accuracy.questions import CHANCE, TASKS
+from machine import card, summary
 from openai_api import about, connect
 
 from support.server import Server
@@ -306,11 +308,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a running server (default: one is started on the CPU)")
     options = parser.parse_args()
+    print(summary(card(torch.device("cpu"))), flush=True)
     with ExitStack() as stack:
-        started = (
-            None if options.url else Server(MODEL, "--attention-backend", "pevlm", *SERVER_FLAGS)
-        )
-        url = stack.enter_context(started).url if started else options.url
+        url = options.url
+        if url is None:
+            flags = ("--attention-backend", "pevlm", *SERVER_FLAGS)
+            url = stack.enter_context(Server(MODEL, *flags)).url
         compared, failures = run(connect(url))
     print(compared.table(), "", *failures, "gate: " + ("red" if failures else "green"), sep="\n")
     print(json.dumps({**compared.as_json(), "failures": failures}))
