@@ -46,7 +46,7 @@ def tasks(result: Mapping[str, Any], path: Path) -> None:
     """A radar of the tasks for each held-out length."""
     lengths = [name for name in result["summary"] if name != "all"]
     figure, panels = pyplot.subplots(
-        1, len(lengths), figsize=(5.2 * len(lengths), 5.6), subplot_kw={"projection": "polar"}
+        1, len(lengths), figsize=(5.2 * len(lengths), 5.4), subplot_kw={"projection": "polar"}
     )
     angles = [2 * math.pi * i / len(TASKS) for i in range(len(TASKS) + 1)]
     for axes, length in zip(panels, lengths, strict=True):
@@ -57,7 +57,7 @@ def tasks(result: Mapping[str, Any], path: Path) -> None:
             values = [100 * found[task]["accuracy"] for task in TASKS]
             style = "--" if method == "full" else "-"
             axes.plot(angles, [*values, values[0]], style, color=colour, label=name, lw=1.6)
-        axes.set(ylim=(0, 100), title=f"{length} sampled frames\n")
+        axes.set(ylim=(0, 100), title=f"{length} sampled frames")
         axes.set_xticks(angles[:-1], TASKS)
         axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100 %"], fontsize=7)
     handles, names = panels[0].get_legend_handles_labels()
@@ -122,7 +122,9 @@ def latency(result: Mapping[str, Any], path: Path) -> None:
         for setting, colour in zip(result["settings"], COLOURS, strict=True):
             own = [r for r in answers if r[column["setting"]] == setting]
             at = sorted(1e3 * row[column["latency_s"]] for row in own)
-            times.step(at, np.arange(1, len(at) + 1) / len(at), color=colour, label=setting)
+            times.step(
+                at, np.arange(1, len(at) + 1) / len(at), color=colour, label=setting, where="post"
+            )
         for limit, seconds in found["limits_s"].items():
             times.axvline(1e3 * seconds, color="0.6", ls=":")
             times.text(1e3 * seconds, 0.02, f" {limit}", fontsize=8, color="0.4")
@@ -221,7 +223,7 @@ def _save(figure: Any, path: Path, bottom: float = 0) -> None:
     """In 128 colours, which takes a third of the bytes."""
     figure.tight_layout(rect=(0, bottom, 1, 1))
     with io.BytesIO() as buffer:
-        figure.savefig(buffer, dpi=DPI)
+        figure.savefig(buffer, dpi=DPI, bbox_inches="tight")
         image = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
         image.save(path, optimize=True)
     pyplot.close(figure)

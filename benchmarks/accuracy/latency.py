@@ -189,7 +189,7 @@ def under_limits(
     tokens = max(row["prompt_tokens"] for row in rows)
     claims = [
         better(
-            f"under a limit of {most:.3f} s, PEVLM with {setting} is above full attention "
+            f"under a limit of {1e3 * most:.0f} ms, PEVLM with {setting} is above full attention "
             "(Table 2)",
             _name(setting, limit),
             _name("full", limit),
