@@ -1,6 +1,6 @@
 """What PEVLM costs before the first layer: plans of long videos, and batches of text.
 
-    python benchmarks/bench_plan.py                       # about two minutes, with a GPU or without
+    python benchmarks/bench_plan.py                       # a minute or two, with a GPU or without
 
 Method. What is timed is the mixin's own ``init_forward_metadata``, as SGLang calls it once a
 forward, on a base that does nothing in its own: read the batch, cut it into virtual sequences,
@@ -11,7 +11,8 @@ of slots, a few kernels on a GPU, is most of it.
 
 - ``plan``: all forwards of a prompt of 100k tokens together, in one chunk and in chunks of 8192.
   ``host`` is the same on PyTorch's ``meta`` device, which computes nothing: what the host does
-  whatever the device. ``keys`` are those of all virtual sequences, the slots that are gathered.
+  whatever the device, and more, since that device's operators are slow to call. ``keys`` are those
+  of all virtual sequences, the slots that are gathered.
 - ``derived``: what a kernel adds to a plan in its first layer.
 - ``layout``: once a request, when it arrives.
 - ``share``: the plan of one chunk beside the prefill that it is for, a Qwen2 decoder with random
@@ -24,7 +25,26 @@ of slots, a few kernels on a GPU, is most of it.
 
 Sample output, on two cores that others were using too:
 
-SAMPLE
+    video                sink block blocks   chunk forwards      keys layout ms host ms  plan ms
+    two frames a step      16    16     24  100000        1    295584      0.09    0.58    12.84
+    two frames a step      16    16     24    8192       13    393888      0.10   14.58    10.50
+    two frames a step       2     2    194  100000        1    311072      0.22    1.42    20.49
+    two frames a step       2     2    194    8192       13    323360      0.21   16.52    15.47
+    two frames a step      16     2    187  100000        1    973664      0.22    1.23    77.37
+    two frames a step      16     2    187    8192       13   1028960      0.22   17.65    50.61
+    a frame a step          1     1    389  100000        1    324064      0.45    2.28    24.55
+    a frame a step          1     1    389    8192       13    330208      0.44   18.07    18.51
+    small frames            2     2    779  100000        1    349280      1.02    4.82    19.15
+    small frames            2     2    779    8192       13    352352      0.99   25.58    29.15
+    derived for triton: at most 0.16 ms
+    derived for fa3 base, flash_paged: at most 398.27 ms
+    derived for flash_merged: at most 2.67 ms
+    share at 8192 tokens, tiny: plan 0.56 ms, prefill 2518 ms, 0.022%
+    text on          init us  with pevlm    added us  forward ms    share
+    torch_native         0.1        10.7        11.2       28.13   0.040%
+    fa3                 12.6        25.5        13.5       28.13   0.048%
+    fa4                 12.5        25.4        13.5       28.13   0.048%
+    every plan is at most 1 % of a prefill of 7.7 s or more
 """
 
 from __future__ import annotations
@@ -55,6 +75,7 @@ from pevlm_sglang import huggingface
 from pevlm_sglang.backend import PevlmBackend
 from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe import Observer, RequestLayout
+from pevlm_sglang.support import UnsupportedError
 
 LENGTH, CHUNK = 100_000, 8_192
 CPU_SHARE_LENGTH, CPU_TOKENS_PER_FRAME = 8_192, 16
@@ -248,7 +269,11 @@ def text_rows(
     layers = MODELS[name].num_layers
     rows = []
     for base in CPU_BASES if device.type == "cpu" else GPU_BASES:
-        before, after = init_seconds(base, device, observer)
+        try:
+            before, after = init_seconds(base, device, observer)
+        except (unittest.SkipTest, UnsupportedError) as reason:  # a base for another GPU
+            print(f"left out: {base}: {reason}")
+            continue
         added = max(0.0, after - before) + layers * call_s
         row = {"base": base, "init_us": before * 1e6, "with_pevlm_us": after * 1e6}
         row |= {"call_us": call_s * 1e6, "layers": layers, "added_us": added * 1e6}
@@ -263,8 +288,7 @@ def text_rows(
 
 
 TEXT_HEADER = (
-    f"{'text on':14}{'init us':>10}{'with pevlm':>12}{'added in all':>12}"
-    f"{'forward ms':>12}{'share':>9}"
+    f"{'text on':14}{'init us':>10}{'with pevlm':>12}{'added us':>12}{'forward ms':>12}{'share':>9}"
 )
 
 

@@ -315,7 +315,6 @@ def test_no_flag_leaves_no_trace() -> None:
         (("--pevlm-block-frames", "1.5"), "--pevlm-block-frames: invalid int value: '1.5'"),
         (("--pevlm-image-runs", "true"), "unrecognized arguments: true"),
         (("--pevlm-base-backend", "pevlm"), "--pevlm-base-backend: invalid choice: 'pevlm'"),
-        (("--pevlm-prefill-kernel", "fa3"), "--pevlm-prefill-kernel: invalid choice: 'fa3'"),
     ],
 )
 def test_bad_flags(

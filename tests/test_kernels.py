@@ -35,7 +35,8 @@ if INTERPRETED:  # a process for Triton alone: see test_triton.py
     IMPLS = HERE
 else:
     HERE = ["reference", "sdpa"]
-    ON_GPU = [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in IMPLEMENTATIONS]
+    on_gpu = [name for name in IMPLEMENTATIONS if name != "flash_masked"]  # see test_packed.py
+    ON_GPU = [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in on_gpu]
     IMPLS = HERE + ON_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = [

@@ -20,7 +20,8 @@ from accuracy.videos import CODE, FILLERS, World, make_world
 SECOND = "cross, second scene of a block"
 LAST = "cross, last scene of a block"
 LATE_CODE = "code in the last block"
-GROUPS = (SECOND, LAST, LATE_CODE)
+GROUPS = {SECOND: "cross", LAST: "cross", LATE_CODE: "code"}
+"""Group of questions → task."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class EdgeClip:
 
     Attributes:
         clip: the video, with the questions.
-        groups: of ``GROUPS``, one a question.
+        groups: keys of ``GROUPS``, one a question.
     """
 
     clip: Clip

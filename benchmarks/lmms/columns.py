@@ -32,14 +32,12 @@ class Benchmark:
         verdict: the key in a logged sample under which ``process_results`` left its verdict.
         columns: title in the table → which questions it holds, by their verdict.
         right: whether a verdict says that the answer was right.
-        questions: of the published data set in all columns; 0 where it is ours to choose.
     """
 
     tasks: tuple[str, ...]
     verdict: str
     columns: Mapping[str, Callable[[Verdict], bool]]
     right: Callable[[Verdict], bool] = _scored
-    questions: int = 0
 
 
 # The paper's figures are multiples of 1/3600: 18 of MVBench's 20 tasks of 200 questions. Left out
@@ -57,14 +55,12 @@ BENCHMARKS = {
         tasks=tuple(f"mvbench_{task}" for task in MVBENCH),
         verdict="mvbench_accuracy",
         columns={"MVBench": _all},
-        questions=3600,
     ),
     "egoschema": Benchmark(
         tasks=("egoschema_subset",),  # the 500 questions whose answers are public, as in the paper
         verdict="score",
         columns={"EgoSchema": _all},
         right=lambda verdict: str(verdict["pred"]) == str(verdict["ground_truth"]),
-        questions=500,
     ),
     "videomme": Benchmark(
         tasks=("videomme",),
@@ -73,7 +69,6 @@ BENCHMARKS = {
             "VideoMME < 2 min": lambda verdict: verdict["duration"] == "short",
             "VideoMME 2 min-1 h": lambda verdict: verdict["duration"] in ("medium", "long"),
         },
-        questions=2700,
     ),
     "longvideobench": Benchmark(
         tasks=("longvideobench_val_v",),
@@ -83,13 +78,11 @@ BENCHMARKS = {
             "LongVideoBench 1 min-1 h": lambda verdict: verdict["duration_group"] in (600, 3600),
         },
         right=lambda verdict: bool(verdict["answer"] == verdict["parsed_pred"]),
-        questions=1337,
     ),
     "videoocr": Benchmark(
         tasks=("mme_videoocr_unjudged",),  # tasks/mme_videoocr
         verdict="videoocr_accuracy",
         columns={"MME-VideoOCR": _all},
-        questions=1950,
     ),
     "made_videos": Benchmark(
         tasks=("made_videos",),  # tasks/made_videos

@@ -12,7 +12,8 @@ The library is the newest that knows the GPU's generation; the only importer of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -66,9 +67,23 @@ def libraries_for(capability: tuple[int, int]) -> list[Library]:
 
 
 def library_for(capability: tuple[int, int]) -> Library | None:
-    """The best that is installed."""
-    known = libraries_for(capability)
+    """The best that is installed; within :func:`only`, that one or none."""
+    known = [library for library in libraries_for(capability) if _only in (None, library.version)]
     return next((library for library in known if is_installed(library.module)), None)
+
+
+_only: int | None = None
+
+
+@contextmanager
+def only(version: int) -> Iterator[None]:
+    """Take this release and no other, to measure it beside the others. Not for several threads."""
+    global _only
+    before, _only = _only, version
+    try:
+        yield
+    finally:
+        _only = before
 
 
 def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:

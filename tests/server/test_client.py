@@ -32,7 +32,8 @@ def test_measured_work(exchange: Exchange, clip: Callable[..., Path]) -> None:
         assert work.is_whole_prompt(answer.prompt_tokens)
         assert work.pairs_saved > 0
         assert answer.prompt_tokens == full.prompt_tokens
-        assert len(answer.tokens) == 3
+        assert len(answer.tokens) <= 3  # a random model speaks in halves of characters
+        assert all(token.logprob in token.top.values() for token in answer.tokens)
         assert answer.finish_reason == "length"
         assert 0 < answer.ttft < 60
 

@@ -52,6 +52,7 @@ class FakeServer:
             "block_frames": 16,
             "image_runs": False,
             "base_backend": "torch_native",
+            "prefill_kernel": "sdpa",
             "vision_fixes": True,
             "frames_per_step": 2,
         }

@@ -14,7 +14,7 @@ import base64
 import json
 import mimetypes
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ class Answer:
         text: of the answer.
         ttft: seconds from sending the request to its first streamed token.
         prompt_tokens: of the expanded prompt.
-        tokens: of the answer, without the one that ended it; empty where no log-probs were asked
-            for.
+        tokens: of the answer, up to the first that SGLang did not stream: one that ends no
+            character, or the end of turn. Empty where no log-probs were asked for.
         finish_reason: ``stop``, or ``length`` where ``max_tokens`` cut the answer.
     """
 
@@ -249,11 +249,7 @@ class Client:
                 "broke off; see the server's log"
             )
         whole = "".join(text)
-        # SGLang sends the end of turn with an answer's last tokens, or not at all.
-        spelt = "".join(token.text for token in tokens[:-1]).encode(errors="surrogateescape")
-        if finish_reason == "stop" and spelt == whole.encode(errors="surrogatepass"):
-            tokens = tokens[:-1]
-        return Answer(whole, ttft, prompt_tokens, tuple(tokens), finish_reason)
+        return Answer(whole, ttft, prompt_tokens, _spelling(whole, tokens), finish_reason)
 
     def _stream(self, path: str, data: bytes) -> Iterator[tuple[float, dict[str, Any]]]:
         headers = {"Content-Type": "application/json"}
@@ -323,6 +319,23 @@ def _token(found: Mapping[str, Any]) -> Token:
     for other in found.get("top_logprobs") or []:
         top.setdefault(_text(other), other["logprob"])  # the likeliest comes first
     return Token(_text(found), found["logprob"], top)
+
+
+def _spelling(text: str, tokens: Iterable[Token]) -> tuple[Token, ...]:
+    """The tokens that spell the beginning of a text.
+
+    SGLang streams log-probs with text. Those of a token without any, such as half a character, are
+    lost, or come with what follows; from there on, a token's place is not known.
+    """
+    left = text.encode(errors="surrogatepass")
+    spelt = []
+    for token in tokens:
+        piece = token.text.encode(errors="surrogateescape")
+        if not piece or not left.startswith(piece):
+            break
+        spelt.append(token)
+        left = left.removeprefix(piece)
+    return tuple(spelt)
 
 
 def _text(token: Mapping[str, Any]) -> str:

@@ -185,7 +185,8 @@ def _report(
     from pevlm_sglang.tune.recommend import recommend
 
     preset_file, plot_file = output / preset.PRESET_FILE, output / plot.PLOT_FILE
-    preset_file.unlink(missing_ok=True)  # of another limit
+    for earlier in (preset_file, plot_file, output / RESULTS_FILE):  # of another limit
+        earlier.unlink(missing_ok=True)
     figures = report.table(evaluation, limit)
     print(f"\n{figures}\n")
     found = recommend(evaluation, limit)

@@ -24,6 +24,9 @@ def write_preset(
 ) -> None:
     """Write a preset, and check that it says what it should.
 
+    With the setting go the server's other options that change answers, where they are not the
+    default.
+
     Args:
         path: of the file.
         setting: to serve.
@@ -49,7 +52,11 @@ def write_preset(
         *("", *figures.splitlines(), "", _PRECEDENCE),
     ]
     lines = [line for text in header for line in text.splitlines() or [""]]
-    options = [f"{name}: {json.dumps(value)}" for name, value in setting.options.items()]
+    defaults = PevlmConfig().describe()
+    others = {name: server[f"pevlm_{name}"] for name in ("image_runs", "vision_fixes")}
+    changed = {name: value for name, value in others.items() if value != defaults[name]}
+    values = {**setting.options, **changed}
+    options = [f"{name}: {json.dumps(value)}" for name, value in values.items()]
     if not setting.is_full:
         options[0] += " # sampled frames"
     commented = [f"# {line}".rstrip() for line in lines]
@@ -57,5 +64,5 @@ def write_preset(
         path.write_text("\n".join([*commented, "", *options]) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    if resolve(path, {}) != PevlmConfig().override(setting.options):
-        raise ValueError(f"{path}: expected {setting.options}, got another setting on reading it")
+    if resolve(path, {}) != PevlmConfig().override(values):
+        raise ValueError(f"{path}: expected {values}, got another setting on reading it")

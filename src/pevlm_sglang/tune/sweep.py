@@ -17,6 +17,7 @@ _SERVER_OPTIONS = (
     *("model_path", "weight_version", "dtype", "quantization", "kv_cache_dtype", "device"),
     *("tp_size", "dp_size", "chunked_prefill_size", "mm_process_config", "chat_template"),
 )
+_PEVLM_OPTIONS = ("base_backend", "prefill_kernel", "vision_fixes", "image_runs")
 _EMBEDDING_CACHE = (
     "the vision tower did not run: SGLang's cache of video embeddings, which cannot be flushed, "
     "held the video; start the server with SGLANG_VLM_CACHE_SIZE_MB=0 in its environment"
@@ -55,7 +56,7 @@ def describe_server(info: dict[str, Any], max_tokens: int, *, embed_videos: bool
     return {
         "sglang_version": info.get("version"),
         **{name: info.get(name) for name in _SERVER_OPTIONS},
-        **{f"pevlm_{name}": pevlm[name] for name in ("base_backend", "vision_fixes", "image_runs")},
+        **{f"pevlm_{name}": pevlm[name] for name in _PEVLM_OPTIONS},
         "frames_per_step": pevlm["frames_per_step"],
         "max_tokens": max_tokens,
         "embed_videos": embed_videos,

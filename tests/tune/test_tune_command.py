@@ -1,4 +1,4 @@
-"""``pevlm tune`` end to end against a fake server: it measures, writes, resumes and refuses."""
+"""``pevlm tune`` end to end against a fake server: what it measures, writes and resumes."""
 
 from __future__ import annotations
 
@@ -8,64 +8,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tune.conftest import COLOURS, SIZES
 
-from pevlm_sglang.cli import main
-from pevlm_sglang.config import resolve
+from pevlm_sglang.config import PevlmConfig, resolve
 from pevlm_sglang.tune import plot
 from pevlm_sglang.tune.points import open_points
 from support.fake_server import FakeServer
 
-COLOURS = ("red", "green", "blue")
 SETTINGS = [None, (2, 4), (2, 8), (4, 4), (4, 8)]
-SIZES = ["--sink-frames", "2", "4", "--block-frames", "4", "8"]
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        fake.delays[None] = 0.05
-        yield fake
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """Lines into a file beside ``a.mp4`` and ``b.mp4``."""
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / name).write_bytes(name.encode())
-
-    def written(*lines: Any, name: str = "questions.jsonl") -> Path:
-        path = tmp_path / name
-        texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
-        path.write_text("\n".join(texts) + "\n")
-        return path
-
-    return written
-
-
-@pytest.fixture
-def questions(write: Callable[..., Path]) -> Path:
-    return write(
-        *(
-            {"video": video, "question": f"Say {colour}", "answer": colour.upper(), "task": 7}
-            for video in ("a.mp4", "b.mp4")
-            for colour in COLOURS
-        )
-    )
-
-
-@pytest.fixture
-def run(server: FakeServer, tmp_path: Path) -> Callable[..., int]:
-    def called(questions: Path, *flags: str, latency: str = "10", sizes: Any = SIZES) -> int:
-        output = ["--output", str(tmp_path / "out")]
-        where = ["--url", server.url, *output, "--latency", latency]
-        return main(["tune", str(questions), *where, *sizes, *flags])
-
-    return called
 
 
 def points(tmp_path: Path) -> list[dict[str, Any]]:
@@ -152,9 +107,13 @@ def test_unlabelled(
 def test_full_attention_as_a_preset(
     server: FakeServer, questions: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:
+    """Beside the server's own options that change answers."""
     server.wrong = {setting: {"Say red"} for setting in SETTINGS if setting}
+    assert server.pevlm is not None
+    server.pevlm["vision_fixes"] = False
     assert run(questions) == 0
-    assert not resolve(tmp_path / "out" / "preset.yaml", {}).enabled
+    preset = resolve(tmp_path / "out" / "preset.yaml", {})
+    assert preset == PevlmConfig(enabled=False, vision_fixes=False)
 
 
 def test_no_setting_within_the_limit(
@@ -292,171 +251,6 @@ def test_broken_points(
     assert run(questions) == 2
     assert "points.jsonl, line 1: expected a point" in capsys.readouterr().err
     assert len(file.read_bytes().splitlines()) == 31, "nothing is thrown away"
-
-
-# --- What is refused -------------------------------------------------------------------------
-
-
-def dense(server: FakeServer) -> None:
-    server.sparse = False
-
-
-def cached(server: FakeServer) -> None:
-    server.prefilled -= 7
-
-
-def embedding_cached(server: FakeServer) -> None:
-    server.vision_runs = 0
-
-
-def without_pevlm(server: FakeServer) -> None:
-    server.pevlm = None
-
-
-def refusing(server: FakeServer) -> None:
-    server.refuse = 400, {"message": "Could not decode video"}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (dense, "no setting saved an attention pair"),
-        (cached, "a measured server must have no other traffic"),
-        (embedding_cached, "start the server with SGLANG_VLM_CACHE_SIZE_MB=0"),
-        (without_pevlm, "runs without PEVLM"),
-        (refusing, "got 400: Could not decode video"),
-    ],
-)
-def test_a_server_that_does_not_do_it(
-    server: FakeServer,
-    questions: Path,
-    run: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[FakeServer], None],
-    message: str,
-) -> None:
-    spoil(server)
-    assert run(questions) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "preset.yaml").exists()
-
-
-def test_points_before_an_error_are_kept(
-    server: FakeServer,
-    questions: Path,
-    run: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    answer = server._answer
-
-    def third_question_fails(body: dict[str, Any]) -> Any:
-        server.vision_runs = 0 if len(server.asked) >= 20 else 1
-        return answer(body)
-
-    monkeypatch.setattr(server, "_answer", third_question_fails)
-    assert run(questions) == 2
-    assert "15 of 30 points are in" in capsys.readouterr().err
-    assert len(points(tmp_path)) == 15
-
-
-def test_pevlm_that_is_off(
-    server: FakeServer,
-    questions: Path,
-    run: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    answer = server._answer
-
-    def dense_answer(body: dict[str, Any]) -> Any:
-        server.dense[0]["no_video"] += 100
-        return answer(body)
-
-    monkeypatch.setattr(server, "_answer", dense_answer)
-    assert run(questions) == 2
-    assert "2 / 4" in (err := capsys.readouterr().err)
-    assert "PEVLM left tokens to full attention: {'no_video': 100}" in err
-
-
-GOOD = {"video": "a.mp4", "question": "Say red", "answer": "red"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([GOOD, "{video"], "line 2: expected a JSON object, got '{video'"),
-        ([[1]], "line 1: expected a JSON object, got '[1]'"),
-        ([GOOD, "", {**GOOD, "video": 3}], "line 3: video: expected a text, got 3"),
-        ([{**GOOD, "question": " "}], 'line 1: question: expected a text, got " "'),
-        ([{"video": "a.mp4"}], "line 1: question: expected a text, got null"),
-        ([{**GOOD, "answer": 5}], "line 1: answer: expected a text, got 5"),
-        ([{**GOOD, "video": "c.mp4"}], "line 1: expected a video file or a URL, got"),
-        ([GOOD, GOOD], "line 2: expected a new question, got that of line 1 again"),
-        (
-            [GOOD, {"video": "b.mp4", "question": "Say red"}],
-            "line 2: expected 'answer' in all lines or in none, got a line without one",
-        ),
-        ([""], "questions.jsonl: expected one question or more, got none"),
-    ],
-)
-def test_bad_questions(
-    write: Callable[..., Path],
-    run: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    lines: list[Any],
-    message: str,
-) -> None:
-    assert run(write(*lines)) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_no_questions_file(
-    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path / "none.jsonl") == 2
-    assert "none.jsonl: cannot be read" in capsys.readouterr().err
-    (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    assert run(tmp_path / "latin.jsonl") == 2
-    assert "latin.jsonl: expected UTF-8 text" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ("--sink-frames 3 --block-frames 4", "sink_frames: expected multiples of 2"),
-        ("--sink-frames 2 --block-frames 0", "block_frames: expected >= 1, got 0"),
-        ("--sink-frames 2 2 --block-frames 4", "sink_frames: expected each size once, got 2 2"),
-    ],
-)
-def test_bad_sizes(
-    questions: Path,
-    run: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    sizes: str,
-    message: str,
-) -> None:
-    assert run(questions, sizes=sizes.split()) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags", ["--latency 0", "--latency nan", "--latency x", "--quantile 1.1", "--max-tokens 0"]
-)
-def test_bad_flags(questions: Path, run: Callable[..., int], flags: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(questions, *flags.split())
-    assert caught.value.code == 2
-
-
-def test_unwritable_output(
-    questions: Path, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").write_text("a file")
-    assert run(questions) == 2
-    assert "out: cannot be written" in capsys.readouterr().err
 
 
 # --- Without matplotlib ----------------------------------------------------------------------

@@ -129,6 +129,15 @@ def fall_silent(server: FakeServer) -> None:
     server.delays[2, 4] = 1.0
 
 
+def test_tokens_end_where_one_was_not_streamed(server: FakeServer, video: Path) -> None:
+    """SGLang 0.5.23 drops the log-probs of a token that comes without text."""
+    server.events = events("aéb", ("a", -0.1), ("?", -0.2), ("b", -0.3))
+    tokens = server.events[1]["choices"][0]["logprobs"]["content"]
+    tokens[1]["bytes"] = [0xA9]  # the second half of é; the first was dropped
+    answer = Client(server.url).ask(video, "Say aéb", top_logprobs=1)
+    assert [token.text for token in answer.tokens] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
