@@ -81,7 +81,7 @@ def write(directory: Path, lines: Sequence[Row]) -> None:
                 "answer": letter,
                 "domain": "Knowledge",
                 "duration": ("short", "medium", "long")[number % 3],
-                "task_type": "Counting",
+                "task_type": "Counting Problem",
                 "sub_category": "Law",
             }
         )
