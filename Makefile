@@ -1,6 +1,7 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make test   format, lint, types and tests
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
+# make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
 # All install what they need first, into .venv. PYTHON=... names another interpreter than python3;
 # ARGS=... goes to pytest or to the demo.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install test lint demo bench clean
+.PHONY: install test lint demo bench accuracy clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,14 @@ demo: install
 
 bench: install
 	benchmarks/all.sh $(ARGS)
+
+accuracy: install
+	$(BIN)/python benchmarks/accuracy/evaluate.py
+	$(BIN)/python benchmarks/accuracy/sweep.py
+	$(BIN)/python benchmarks/accuracy/attention_scores.py
+	$(BIN)/python benchmarks/accuracy/latency.py
+	$(BIN)/python benchmarks/accuracy/tables.py
+	$(BIN)/python benchmarks/accuracy/figures.py
 
 # .venv stays: it takes minutes to build.
 clean:

@@ -1,20 +1,28 @@
 """The prefill of a whole language model: where its time goes, with PEVLM and without.
 
-    python benchmarks/bench_llm_prefill.py                # a GPU: Qwen2.5-VL-7B, about 3 minutes
+    python benchmarks/bench_llm_prefill.py                # a GPU: Qwen2.5-VL-7B, about a minute
     python benchmarks/bench_llm_prefill.py                # without one: a tiny model
+    python benchmarks/bench_llm_prefill.py --path sglang  # inside a server, on either
 
-Method. A Qwen2 decoder of the released model's dimensions with random weights, on Hugging Face's
-path: embeddings of noise in, hidden states out. It runs with transformers' ``sdpa`` (on a GPU with
+Method, Hugging Face's path. A Qwen2 decoder of the released model's dimensions with random weights:
+embeddings of noise in, hidden states out. It runs with transformers' ``sdpa`` (on a GPU with
 cuDNN's kernel before flash's) and with ``attn_implementation="pevlm"`` on the same embeddings. The
 attention's share is the time inside the attention function of all layers, the rest is the total
 without it; a time is the median of some runs after one that is not counted. The first layer builds
-the plan within the measured time.
+the plan within the measured time. The gate comes first: on a prompt of 2k tokens, the hidden states
+must equal those of the same model under a dense mask of the definition, within twice the difference
+between transformers' own ``sdpa`` and ``eager`` under it.
 
-- The gate comes first: on a prompt of 2k tokens, the hidden states must equal those of the same
-  model under a dense mask of the definition, within twice the difference between transformers' own
-  ``sdpa`` and ``eager`` under it. The program ends with 1 if they do not, or if no attention call
-  was sparse.
-- ``crossover`` is the shortest measured length from which on PEVLM's total is never the longer one.
+Method, SGLang's path. A server of benchmarks/serving.py answers about a video of noise, of which it
+samples more and more frames, under full attention and PEVLM in turns and on empty caches. The
+server's own stopwatch (benchmarks/stopwatch.py) gives the prefill's forwards, less the vision
+tower, and the layers of attention in them. Prompts are cut into chunks as that server cuts them.
+The gate is the server's; and full attention must have saved no attention pair.
+
+The program ends with 1 if a gate is red, or if PEVLM was not sparse at the longest prompt.
+``crossover`` is the shortest measured length with a sparse token from which on PEVLM's total is
+never the longer one. Prompts without one are full attention on both sides: what differs there is
+noise.
 
 Sample output, on two cores that others were using too:
 
@@ -35,13 +43,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from machine import card, summary
+from machine import card, summary, write_json
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from workload import MODELS, SYSTEM_TOKENS, TOKENS_PER_FRAME, Prompt, Shape
 
@@ -203,74 +211,97 @@ def crossover(rows: list[dict[str, Any]]) -> int | None:
     """See the top of this file."""
     shortest = None
     for row in sorted(rows, key=lambda row: -row["length"]):
-        if row["pevlm"]["total_s"] > row["full"]["total_s"]:
+        if row["visible_fraction"] == 1 or row["pevlm"]["total_s"] > row["full"]["total_s"]:
             break
         shortest = row["length"]
     return shortest
+
+
+HEADER = (
+    f"{'tokens':>8}{'visible':>9}   {'full: attention':>15}{'other':>9}{'total':>9}"
+    f"   {'pevlm: attention':>16}{'other':>9}{'total':>9}{'speed-up':>9}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    full, pevlm = row["full"], row["pevlm"]
+    return (
+        f"{row['length']:>8}{row['visible_fraction']:>9.3f}   {full['attention_s']:>15.3f}"
+        f"{full['other_s']:>9.3f}{full['total_s']:>9.3f}   {pevlm['attention_s']:>16.3f}"
+        f"{pevlm['other_s']:>9.3f}{pevlm['total_s']:>9.3f}"
+        f"{full['total_s'] / pevlm['total_s']:>8.2f}x"
+    )
+
+
+def huggingface_rows(
+    model_name: str, device: torch.device, lengths: Sequence[int] | None, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """A row a length; each carries the gate's ``error_of_budget``.
+
+    Raises:
+        SystemExit: the gate is red.
+    """
+    on_gpu = device.type == "cuda"
+    per_frame = TOKENS_PER_FRAME if on_gpu else CPU_TOKENS_PER_FRAME
+    clock = AttentionClock(device)
+    register = transformers.AttentionInterface.register
+    register(KINDS["full"], clock.timed(sdpa_attention_forward))
+    register(KINDS["pevlm"], clock.timed(huggingface.attention_forward))
+    shape = MODELS[model_name]
+    model = make_model(shape, device, torch.bfloat16 if on_gpu else torch.float32)
+    error = gate(model, shape)
+    clock.take()
+    if error > 1:
+        sys.exit(f"bench_llm_prefill: the gate is red: {error:.2f} of the error it may be")
+    for length in lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS):
+        prompt = Prompt.of_video(length, *PAPER, per_frame)
+        videos = frames_of(prompt, per_frame)
+        embeddings = noise(model, length, shape)
+        row: dict[str, Any] = {"length": length, "visible_fraction": prompt.visible_fraction}
+        row["error_of_budget"] = error
+        for kind in KINDS:
+            row[kind], sparse = measure(model, clock, kind, videos, embeddings, repeats)
+            row[f"{kind}_sparse_calls"] = sparse
+        yield row
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="prefill of a language model, in parts")
     default = "Qwen2.5-VL-7B" if on_gpu else "tiny"
+    parser.add_argument("--path", choices=("huggingface", "sglang"), default="huggingface")
     parser.add_argument("--model", default=default, choices=MODELS)
-    parser.add_argument("--lengths", type=int, nargs="+", help="in tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", help="Hugging Face's path: in tokens")
+    parser.add_argument("--frames", type=int, nargs="+", help="SGLang's path: sampled frames")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    per_frame = TOKENS_PER_FRAME if on_gpu else CPU_TOKENS_PER_FRAME
     about = card(device)
-    print(summary(about))
+    print(f"{summary(about)}\n\n{HEADER}")
+    result: dict[str, Any] = {"benchmark": "llm_prefill", "path": options.path, "card": about}
+    result |= {"model": options.model, "sink_frames": PAPER[0], "block_frames": PAPER[1]}
+    with contextlib.ExitStack() as stack:
+        if options.path == "sglang":
+            from prefill_sglang import rows
+            from serving import running
 
-    clock = AttentionClock(device)
-    register = transformers.AttentionInterface.register
-    register(KINDS["full"], clock.timed(sdpa_attention_forward))
-    register(KINDS["pevlm"], clock.timed(huggingface.attention_forward))
-    shape = MODELS[options.model]
-    model = make_model(shape, device, dtype)
-    print(
-        f"\n{'tokens':>8}{'visible':>9}   {'full: attention':>15}{'other':>9}{'total':>9}"
-        f"   {'pevlm: attention':>16}{'other':>9}{'total':>9}{'speed-up':>9}"
-    )
-    rows: list[dict[str, Any]] = []
-    error = gate(model, shape)
-    clock.take()
-    if error > 1:
-        sys.exit(f"bench_llm_prefill: the gate is red: {error:.2f} of the error it may be")
-    for length in options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS):
-        prompt = Prompt.of_video(length, *PAPER, per_frame)
-        videos = frames_of(prompt, per_frame)
-        embeddings = noise(model, length, shape)
-        row: dict[str, Any] = {"length": length, "visible_fraction": prompt.visible_fraction}
-        for kind in KINDS:
-            row[kind], sparse = measure(model, clock, kind, videos, embeddings, options.repeats)
-            row[f"{kind}_sparse_calls"] = sparse
-        rows.append(row)
-        full, pevlm = row["full"], row["pevlm"]
-        print(
-            f"{length:>8}{prompt.visible_fraction:>9.3f}   {full['attention_s']:>15.3f}"
-            f"{full['other_s']:>9.3f}{full['total_s']:>9.3f}   {pevlm['attention_s']:>16.3f}"
-            f"{pevlm['other_s']:>9.3f}{pevlm['total_s']:>9.3f}"
-            f"{full['total_s'] / pevlm['total_s']:>8.2f}x",
-            flush=True,
-        )
-    if not rows[-1]["pevlm_sparse_calls"]:
+            server = stack.enter_context(running(options.model))
+            result["gate"] = server.gate
+            measured = rows(server, options.frames, options.repeats)
+        else:
+            measured = huggingface_rows(options.model, device, options.lengths, options.repeats)
+        found: list[dict[str, Any]] = []
+        for row in measured:
+            found.append(row)
+            print(line(row), flush=True)
+            result |= {"crossover": crossover(found), "rows": found, "complete": False}
+            write_json(options.output, result)
+    if not found[-1]["pevlm_sparse_calls"]:
         sys.exit("bench_llm_prefill: no attention call was sparse; longer prompts are needed")
-    print(f"crossover: {crossover(rows)} tokens")
-    result = {
-        "benchmark": "llm_prefill",
-        "card": about,
-        "model": options.model,
-        "sink_frames": PAPER[0],
-        "block_frames": PAPER[1],
-        "error_of_budget": error,
-        "crossover": crossover(rows),
-        "rows": rows,
-    }
-    if options.output:
-        options.output.write_text(json.dumps(result) + "\n")
+    print(f"crossover: {result['crossover']} tokens")
+    result["complete"] = True
+    write_json(options.output, result)
     print(json.dumps(result))
 
 

@@ -59,6 +59,7 @@ from typing import Any
 
 import torch
 from machine import card, summary
+from serving import write_real
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
@@ -80,28 +81,6 @@ SMALL_MODEL: dict[str, Any] = {
     "vision_num_heads": 4,
 }
 FEW_TOKENS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
-# The released Qwen2.5-VL-7B-Instruct, config.json.
-TEXT_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [16, 24, 24],
-    },
-}
-VISION_7B = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
 
 
 @dataclass(frozen=True)
@@ -241,22 +220,6 @@ def totals(server: Server) -> dict[str, Any]:
     return found
 
 
-def write_7b(directory: Path, small: Path) -> Path:
-    """A model directory of the real dimensions with no weights: tokenizer and processor are the
-    small model's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in small.iterdir():
-        if file.suffix == ".json" and "index" not in file.name:
-            (directory / file.name).write_bytes(file.read_bytes())
-    config = json.loads((small / "config.json").read_text())
-    config["text_config"] |= TEXT_7B
-    config["vision_config"] |= VISION_7B
-    for old in ("rope_scaling", "head_dim", "layer_types", "max_window_layers"):
-        config["text_config"].pop(old, None)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    return directory
-
-
 def table(figures: dict[str, list[Figures]]) -> str:
     """A row a video: SGLang's figure, PEVLM's, and their ratio."""
     head = f"{'':15}{'tower runs':^15}{'a run, ms a frame':^18}{'tower':^24}{'first token':>18}"
@@ -313,7 +276,7 @@ def main() -> None:
             if device == "cpu":
                 figures[side] = measure(server, clips, options.repeats)
         if device == "cuda":
-            model = write_7b(work / "7b", small)
+            model = write_real("Qwen2.5-VL-7B", work, small)
             with serve(model, side, device, chunk, work, small=False) as server:
                 figures[side] = measure(server, clips, options.repeats)
     if any(own.runs != 1 for own in figures["pevlm"]):

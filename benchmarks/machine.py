@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -70,14 +71,29 @@ def seconds(
         limit_s: stop repeating when the calls together took this long.
         most: calls.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    warm_up = clock(function)
+    warm_up = one_call(function, device)
     if warm_up > 2 * limit_s:
         return warm_up  # so long that its warm-up is no part of it
     times: list[float] = []
     while len(times) < most and sum(times) < limit_s:
-        times.append(clock(function))
+        times.append(one_call(function, device))
     return statistics.median(times) if device.type == "cuda" else min(times)
+
+
+def one_call(function: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call: between CUDA events on a GPU, else by the clock."""
+    return (_cuda_seconds if device.type == "cuda" else _cpu_seconds)(function)
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result in one piece, so that a program that is killed leaves the one before; None
+    writes nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(result) + "\n")
+    whole.replace(path)
 
 
 def _cuda_seconds(function: Callable[[], Any]) -> float:

@@ -6,6 +6,7 @@ Each is a function of (q, k, v, prompt) that returns ``[length, num_q_heads, hea
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -13,38 +14,69 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workload import Prompt
 
-from pevlm_kernels import IMPLEMENTATIONS, packed_plan, pevlm_attention
+from pevlm_kernels import IMPLEMENTATIONS, flash, packed_plan, pevlm_attention
 from pevlm_kernels.choice import refusal
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prompt], torch.Tensor]
 
 
+VARIANTS = ("flash", "flash_merged")
+"""Of PEVLM on FlashAttention, which run on each of its releases; the others name theirs."""
+
+
 def dense_peers(device: torch.device) -> dict[str, Attention]:
-    """Full causal attention, and nothing that copies or plans more than it needs."""
-    peers: dict[str, Attention] = {"own triton": partial(_own, "triton")}
+    """Full causal attention, and nothing that copies or plans more than it needs; those that may
+    have to compile something first come last."""
     if device.type == "cpu":
         return {"torch flash": partial(_sdpa, None)}
-    peers["torch cudnn"] = partial(_sdpa, SDPBackend.CUDNN_ATTENTION)
-    peers["torch flash"] = partial(_sdpa, SDPBackend.FLASH_ATTENTION)
-    peers["flash-attention"] = partial(_own, "flash_merged")  # one sequence: no copy, no merge
-    peers["flashinfer"] = partial(_own, "flashinfer")
-    peers["sglang triton"] = _sglang_extend
-    return peers
+    peers: dict[str, Attention] = {
+        "torch cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+        "torch flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    }
+    # One sequence: no copy, no merge.
+    peers |= {f"flash-attention {n}": partial(_own, "flash_merged") for n in releases(device)}
+    peers |= {"own triton": partial(_own, "triton"), "sglang triton": _sglang_extend}
+    return peers | {"flashinfer": partial(_own, "flashinfer")}
 
 
 def sparse_peers(device: torch.device) -> dict[str, Attention]:
     """The same mask: PEVLM's implementations, FlexAttention, SGLang's kernel."""
     if device.type == "cpu":
         return {"pevlm sdpa": partial(_own, "sdpa")}
-    own = {f"pevlm {name}": partial(_own, name) for name in IMPLEMENTATIONS if name != "reference"}
-    return {**own, "flex attention": _flex, "sglang triton": _sglang_extend}
+    peers: dict[str, Attention] = {}
+    for name in IMPLEMENTATIONS:
+        if name in VARIANTS:
+            numbered = (f"pevlm {name} {n}" for n in releases(device))
+            peers |= dict.fromkeys(numbered, partial(_own, name))
+        elif name != "reference":
+            peers[f"pevlm {name}"] = partial(_own, name)
+    own_last = peers.pop("pevlm flashinfer")
+    return peers | {
+        "sglang triton": _sglang_extend,
+        "pevlm flashinfer": own_last,
+        "flex attention": _flex,
+    }
+
+
+def releases(device: torch.device) -> list[int]:
+    """FlashAttention's releases that know this GPU."""
+    known = flash.libraries_for(torch.cuda.get_device_capability(device))
+    return [library.version for library in known]
+
+
+def release_of(name: str) -> AbstractContextManager[None]:
+    """What a peer named after a release of FlashAttention has to run in."""
+    number = name.rpartition(" ")[2]
+    return flash.only(int(number)) if number.isdigit() else nullcontext()
 
 
 def missing(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why one of them cannot run here, as far as that is known beforehand."""
-    impl = {"flash-attention": "flash_merged", "own triton": "triton", "flashinfer": "flashinfer"}
-    own = name.removeprefix("pevlm ") if name.startswith("pevlm ") else impl.get(name)
-    return refusal(own, q, k, v) if own else None
+    words = name.split()
+    own = {"own": "triton", "flash-attention": "flash", "flashinfer": "flashinfer"}
+    impl = words[1] if words[0] == "pevlm" else own.get(words[0])
+    with release_of(name):
+        return refusal(impl, q, k, v) if impl else None
 
 
 def _own(

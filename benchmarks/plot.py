@@ -4,7 +4,8 @@
 
 ``attention-*.png``: speed-up over the best full attention against the length, with what the
 arithmetic allows, and the time per token. ``llm_prefill-*.png``: attention and the rest, full
-beside PEVLM, as in the paper's Figure 4. The last line is a JSON list of the files.
+beside PEVLM, as in the paper's Figure 4. ``serving-*.png``: the parts of the time to first token.
+Results without a figure are left out. The last line is a JSON list of the files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+SERVING_PARTS = ("decode", "preprocess", "vision", "attention", "other_prefill", "rest")
 
 
 def plot_attention(result: dict[str, Any], path: Path) -> None:
@@ -34,7 +37,15 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row["length"])
         at = [row["length"] for row in own]
         speed.plot(at, [row["speedup"] for row in own], "o-", label=name)
-        cost.plot(at, [row["ns_per_token"] for row in own], "o-", label=name)
+        if "linear" not in result:
+            cost.plot(at, [row["ns_per_token"] for row in own], "o-", label=name)
+    if linear := result.get("linear"):
+        at = [row["length"] for row in linear]
+        cost.plot(at, [row["ns_per_token"] for row in linear], "o-", label="time")
+        first = linear[0]["ns_per_pair"]
+        allowed_ns = [first * row["pairs_per_token"] for row in linear]
+        cost.plot(at, allowed_ns, "k--", label="as many pairs, at the first one's speed")
+        cost.legend()
     speed.set(ylabel="speed-up over the best full attention", yscale="log")
     cost.set(ylabel="ns a token", ylim=(0, None))
     _finish(figure, (speed, cost), result, path)
@@ -42,7 +53,7 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
 
 def plot_llm_prefill(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.2))
-    rows = result["rows"]
+    rows = sorted(result["rows"], key=lambda row: row["length"])
     for offset, (kind, color) in enumerate((("full", "tab:gray"), ("pevlm", "tab:green"))):
         at = [i + 0.4 * offset for i in range(len(rows))]
         attention = [row[kind]["attention_s"] for row in rows]
@@ -52,8 +63,33 @@ def plot_llm_prefill(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks([i + 0.2 for i in range(len(rows))], [f"{row['length']:,}" for row in rows])
     axes.set(xlabel="tokens", ylabel="seconds of prefill")
     axes.legend()
-    figure.suptitle(f"{result['model']} on {result['card']['device']}")
+    path_of_it = "SGLang" if result["path"] == "sglang" else "Hugging Face"
+    title = f"{result['model']} on {result['card']['device']}, {path_of_it}'s path"
+    figure.suptitle(title + _unfinished(result))
     _save(figure, path)
+
+
+def plot_serving(result: dict[str, Any], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 3.2))
+    single = result["alone"]
+    colors = dict(zip(SERVING_PARTS, pyplot.get_cmap("tab10").colors, strict=False))
+    for at, kind in enumerate(("pevlm", "full")):
+        left = 0.0
+        for part, color in colors.items():
+            # What is left of the whole may come out below nothing.
+            width = max(single[kind][f"{part}_s"], 0.0)
+            axes.barh(at, width, left=left, color=color, label=None if at else part)
+            left += width
+    axes.set_yticks([0, 1], ["pevlm", "full"])
+    axes.set(xlabel="seconds to the first token")
+    axes.legend(ncols=len(colors), loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize=8)
+    title = f"{result['model']}, {single['prompt_tokens']:,} tokens, {result['card']['device']}"
+    figure.suptitle(title + _unfinished(result), fontsize=10)
+    _save(figure, path)
+
+
+def _unfinished(result: dict[str, Any]) -> str:
+    return "" if result["complete"] else " (cut short)"
 
 
 def _finish(figure: Any, all_axes: Any, result: dict[str, Any], path: Path) -> None:
@@ -61,7 +97,8 @@ def _finish(figure: Any, all_axes: Any, result: dict[str, Any], path: Path) -> N
         axes.set(xlabel="tokens", xscale="log")
         axes.grid(alpha=0.3)
     all_axes[0].legend()
-    figure.suptitle(f"one attention layer on {result['card']['device']}")
+    title = f"one attention layer on {result['card']['device']}"
+    figure.suptitle(title + _unfinished(result))
     _save(figure, path)
 
 
@@ -71,7 +108,11 @@ def _save(figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-PLOTS = {"attention": plot_attention, "llm_prefill": plot_llm_prefill}
+PLOTS = {
+    "attention": plot_attention,
+    "llm_prefill": plot_llm_prefill,
+    "serving": plot_serving,
+}
 
 
 def main() -> None:
@@ -83,8 +124,9 @@ def main() -> None:
     written = []
     for file in options.results:
         result = json.loads(file.read_text())
-        if result["benchmark"] not in PLOTS:
-            parser.error(f"{file}: no figure for the benchmark {result['benchmark']!r}")
+        if result.get("benchmark") not in PLOTS:
+            print(f"{file}: no figure for the benchmark {result.get('benchmark')!r}")
+            continue
         path = options.to / f"{file.stem}.png"
         PLOTS[result["benchmark"]](result, path)
         written.append(str(path))

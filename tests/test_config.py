@@ -16,7 +16,7 @@ from pevlm_sglang.arguments import ArgumentConflictError, given_flags, requested
 from pevlm_sglang.config import BASE_BACKENDS, MAX_FRAMES, PevlmConfig, load_file, resolve
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
-ALL = (*PER_REQUEST, "base_backend", "vision_fixes")
+ALL = (*PER_REQUEST, "base_backend", "prefill_kernel", "vision_fixes")
 LONGEST_MESSAGE = 400
 
 
@@ -39,6 +39,7 @@ def test_defaults() -> None:
         "block_frames": 16,
         "image_runs": False,
         "base_backend": "auto",
+        "prefill_kernel": "auto",
         "vision_fixes": True,
     }
     assert PevlmConfig.option_names() == ALL
@@ -69,6 +70,7 @@ def test_config_is_frozen() -> None:
         ({"base_backend": None}, "base_backend: expected str, got None"),
         ({"base_backend": "FA3"}, "base_backend: expected one of auto, fa3, .*, got 'FA3'"),
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
+        ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
         ({"vision_fixes": "off"}, "vision_fixes: expected bool, got 'off'"),
     ],
 )
@@ -278,6 +280,7 @@ FLAGS = {
     "block_frames": (("--pevlm-block-frames=7",), 7),
     "image_runs": (("--pevlm-image-runs",), True),
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
+    "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
     "vision_fixes": (("--pevlm-vision-fixes", "False"), False),
     "config": (("--pevlm-config", "a.yaml"), "a.yaml"),
 }

@@ -64,6 +64,14 @@ def packages_with(*modules: str) -> set[str]:
             ("sglang", "prometheus_client", *GPU_LIBRARIES),
             id="plan",
         ),
+        pytest.param(
+            ("pevlm_sglang.cli",), ("torch", "sglang", "requests", "numpy", "tqdm"), id="cli"
+        ),
+        pytest.param(
+            ("pevlm_sglang.tune.client",),
+            ("torch", "sglang", "numpy", "pevlm_kernels"),
+            id="client",
+        ),
         # The entry point is loaded in every process of SGLang, before it sets the variables that
         # prometheus_client and CUDA read when they are imported.
         pytest.param(

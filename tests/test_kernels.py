@@ -24,6 +24,7 @@ from pevlm_kernels.testing import (
     random_call,
     random_plan,
 )
+from pevlm_kernels.types import Shared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:  # a process for Triton alone: see test_triton.py
@@ -33,9 +34,10 @@ if INTERPRETED:  # a process for Triton alone: see test_triton.py
     HERE = ["triton"]
     IMPLS = HERE
 else:
-    on_gpu = [name for name in IMPLEMENTATIONS if name != "flash_merged"]  # see test_packed.py
     HERE = ["reference", "sdpa"]
-    IMPLS = HERE + [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in on_gpu]
+    on_gpu = [name for name in IMPLEMENTATIONS if name != "flash_masked"]  # see test_packed.py
+    ON_GPU = [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in on_gpu]
+    IMPLS = HERE + ON_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = [
     pytest.param(2, 2, id="MHA"),
@@ -367,6 +369,10 @@ def test_sdpa_refuses_other_devices_and_widths(call: Call) -> None:
         ({"seams": torch.zeros(2, 2)}, r"seams: expected shape \(2, 2\) and torch.int32, got"),
         ({"seqlens_q": (3, 7)}, "expected 0 < seqlen_q <= seqlen_k, got 7 and 6"),
         ({"seqlens_q": (0, 2)}, "expected 0 < seqlen_q <= seqlen_k, got 0 and 5"),
+        ({"shared": (Shared(0, 3, 1),)}, "shared: expected 0 <= first < end <= 2, .* got 0 and 3"),
+        ({"shared": (Shared(0, 1, 1), Shared(0, 2, 1))}, "expected 1 <= first .* got 0 and 2"),
+        ({"shared": (Shared(0, 2, 3),)}, "expected 0 < num_keys <= 2, .* of 0 : 2, got 3"),
+        ({"shared": (Shared(0, 2, 0),)}, "expected 0 < num_keys <= 2, .*, got 0"),
     ],
 )
 def test_plan_refuses(change: dict, message: str) -> None:

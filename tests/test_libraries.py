@@ -8,13 +8,17 @@ import inspect
 import logging
 import types
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import video_batch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_kernels import batch_call, video_batch
 from test_packed import LAYOUTS, packed_call
+from test_plan import Batch, batches
 
 from pevlm_kernels import (
     IMPLEMENTATIONS,
@@ -27,7 +31,13 @@ from pevlm_kernels import (
     pevlm_prefill,
     sdpa,
 )
-from pevlm_kernels.testing import Call, assert_within_budget, random_call, random_plan
+from pevlm_kernels.testing import (
+    Call,
+    assert_within_budget,
+    plain_attention,
+    random_call,
+    random_plan,
+)
 from support.emulated_kernels import PlannedPrefillWrapper, flash_attn_varlen_func
 
 AWKWARD = [(1, 1), (1, 63), (63, 63), (111, 111), (113, 203), (2, 3)]
@@ -63,23 +73,26 @@ def _with_values(call: Call, values: torch.Tensor) -> Call:
     return Call(call.q, call.k_cache, values, call.plan, call.mask, call.softmax_scale)
 
 
-def batch_calls() -> list[Call]:
+def batch_calls(dtype: torch.dtype = torch.float32) -> list[Call]:
     plan, mask = random_plan(AWKWARD, num_slots=240)
     batch = video_batch()
     slots = torch.zeros(batch.plan.total_q, batch.req_to_token.numel(), dtype=torch.bool)
     for row, visible in enumerate(batch.expected()):
         slots[row, list(visible)] = True
     return [
-        random_call(plan, mask, num_q_heads=6, num_kv_heads=2),
-        random_call(batch.plan, slots, num_q_heads=14, num_kv_heads=2),
+        random_call(plan, mask, num_q_heads=6, num_kv_heads=2, dtype=dtype),
+        random_call(batch.plan, slots, num_q_heads=14, num_kv_heads=2, dtype=dtype),
     ]
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_paged])
+@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
 @pytest.mark.parametrize("v_scale", [1.0, 0.5])
-def test_flash_on_paged_batches(module: types.ModuleType, v_scale: float) -> None:
-    for call in batch_calls():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flash_on_paged_batches(
+    module: types.ModuleType, v_scale: float, dtype: torch.dtype
+) -> None:
+    for call in batch_calls(dtype):
         check(module, call.poisoned(), v_scale=v_scale)
 
 
@@ -107,10 +120,82 @@ def test_flashinfer_plans_once_for_all_layers() -> None:
 
 
 @pytest.mark.usefixtures("emulated_flash")
-def test_merged_needs_a_packed_plan() -> None:
-    (call, _) = batch_calls()
-    with pytest.raises(ValueError, match="expected the plan of one packed sequence"):
-        check(flash_merged, call)
+@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
+@given(batch=batches(), seed=st.integers(0, 1000), most_keys=st.integers(1, 60))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flash_on_any_batch(
+    module: types.ModuleType, batch: Batch, seed: int, most_keys: int
+) -> None:
+    """Several requests, prefixes, text and decode rows, and little room for gathered keys."""
+    call = batch_call(batch, head_dim=16, seed=seed).poisoned()
+    exact = plain_attention(call, torch.float64).float()
+    arguments = (call.q, call.k_cache, call.v_cache, call.plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "gathered_keys", lambda *tensors: most_keys)
+        out, _ = module.prefill(*arguments, softmax_scale=call.softmax_scale, v_scale=1.0)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+def test_merged_reads_each_sink_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: dict[str, int] = {}
+    (_, call) = batch_calls()
+    for module in (flash, flash_merged):
+        keys: list[int] = []
+        monkeypatch.setattr(
+            flash, "varlen", lambda device, keys=keys: partial(_count, keys, flash_attn_varlen_func)
+        )
+        check(module, call)
+        gathered[module.__name__] = sum(keys) // 2
+    saved = sum(m * (end - first - 1) for first, end, m in call.plan.shared)
+    assert saved > 0
+    assert gathered["pevlm_kernels.flash"] == sum(call.plan.seqlens_k)
+    assert gathered["pevlm_kernels.flash_merged"] == sum(call.plan.seqlens_k) - saved
+
+
+def _count(keys: list[int], function: Callable, q, k, v, **kwargs) -> tuple:
+    keys.append(len(k))
+    return flash._call(function, "return_lse", q, k, v, **kwargs)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_merged])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_flash_on_an_fp8_cache(module: types.ModuleType, stored: torch.dtype) -> None:
+    (_, call) = batch_calls()
+    narrow = [cache.to(stored) for cache in (call.k_cache, call.v_cache)]
+    read = [cache.to(torch.float32) for cache in narrow]
+    scales = {"softmax_scale": call.softmax_scale * 0.5, "v_scale": 2.0}
+    out, _ = module.prefill(call.q, *narrow, call.plan, **scales)
+    expected = Call(call.q, read[0] * 0.5, read[1] * 2, call.plan, call.mask, call.softmax_scale)
+    assert_within_budget(out, expected)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_merged])
+def test_batch_order_changes_no_bit(module: types.ModuleType) -> None:
+    batch = video_batch()
+    call = batch_call(batch, num_q_heads=14, num_kv_heads=2, dtype=torch.bfloat16)
+    order = [2, 0, 3, 1]
+    shuffled = Batch(
+        *([part[i] for i in order] for part in (batch.layouts, batch.prefix_lens)),
+        *([part[i] for i in order] for part in (batch.extend_lens, batch.rows)),
+        batch.req_to_token,
+        batch.req_pool_indices[order],
+    )
+    assert shuffled.plan.shared != call.plan.shared
+    rows = torch.arange(call.plan.total_q).split(batch.extend_lens)
+    places = torch.cat([rows[i] for i in order])
+    scales = {"softmax_scale": call.softmax_scale, "v_scale": 1.0}
+    out, lse = module.prefill(call.q, call.k_cache, call.v_cache, call.plan, **scales)
+    again = module.prefill(call.q[places], call.k_cache, call.v_cache, shuffled.plan, **scales)
+    assert torch.equal(again[0], out[places])
+    assert torch.equal(again[1], lse[:, places])
+
+
+def test_gathered_keys_fit_their_room() -> None:
+    q, cache = torch.empty(1, 28, 128, dtype=torch.bfloat16), torch.empty(1, 4, 128)
+    assert flash.gathered_keys(q, cache) * 2 * 4 * 128 * 2 == flash.GATHERED_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

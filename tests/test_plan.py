@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pevlm_kernels import types
+from pevlm_kernels.flash_merged import _own_parts, _shared_parts
+from pevlm_kernels.flash_paged import token_table
 from pevlm_kernels.types import PrefillPlan
 from pevlm_sglang.layout import Layout, Piece
 from pevlm_sglang.plan import (
     VirtualSequence,
     build_plan,
-    cumulative,
-    gather_slots,
+    slot_lists,
     virtual_sequences,
 )
 
@@ -132,21 +136,36 @@ def test_plan_is_well_formed(batch: Batch) -> None:
 def test_triton_form_expands_to_visible(batch: Batch) -> None:
     """Cached slots of each sequence, then its own tokens, causal."""
     own_slots = [batch.slots(request)[q] for request, q in batch.queries()]
-    sequences = batch.sequences
+    lists = slot_lists(
+        [sequence.piece.num_queries for sequence in batch.sequences],
+        [(sequence.row, sequence.piece.keys_before_start()) for sequence in batch.sequences],
+        batch.req_to_token,
+        batch.req_pool_indices,
+    )
     found, row = [], 0
-    for sequence in sequences:
-        cached = gather_slots(
-            [(sequence.row, keys) for keys in sequence.piece.keys_before_start()],
-            batch.req_to_token,
-            batch.req_pool_indices,
-        ).tolist()
-        n = sequence.piece.end - sequence.piece.start
-        assert len(cached) == sequence.piece.num_keys - n
+    cached_slots = lists.kv_indices.split(lists.cu_seqlens_k.diff().tolist())
+    for cached, n in zip(cached_slots, lists.cu_seqlens_q.diff().tolist(), strict=True):
         own = own_slots[row : row + n]
-        assert not set(cached) & set(own)
-        found += [set(cached + own[: query + 1]) for query in range(n)]
+        assert not set(cached.tolist()) & set(own)
+        found += [set(cached.tolist() + own[: query + 1]) for query in range(n)]
         row += n
     assert found == batch.expected()
+
+
+@given(batches())
+def test_shared_keys_are_the_first_of_all_neighbours(batch: Batch) -> None:
+    plan, sequences = batch.plan, batch.sequences
+    keys = plan.kv_indices.split(list(plan.seqlens_k))
+    told = {
+        tuple(range(first, end)): keys[first][:num_keys].tolist()
+        for first, end, num_keys in plan.shared
+    }
+    for group, expected in told.items():
+        assert all(keys[i][: len(expected)].tolist() == expected for i in group)
+    # Every two blocks in a row of one video are told.
+    for i, (a, b) in enumerate(pairwise(sequences)):
+        same_sink = a.row == b.row and a.piece.keys[:-1] == b.piece.keys[:-1] != ()
+        assert any({i, i + 1} <= set(group) for group in told) == same_sink
 
 
 @given(batches(), st.randoms(use_true_random=False))
@@ -195,32 +214,64 @@ def test_golden_plan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_gather_slots_reads_any_integer_table(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+def test_any_integer_table(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     table = torch.arange(20, dtype=dtype).view(2, 10)
-    found = gather_slots(
-        [(0, (1, 3)), (1, (4, 4)), (1, (0, 2))], table, torch.tensor([1, 0]).to(index_dtype)
+    keys = [(0, [(1, 3), (5, 6)]), (1, [(4, 4)]), (1, [(0, 2)])]
+    found = slot_lists([1, 2, 3], keys, table, torch.tensor([1, 0]).to(index_dtype))
+    assert found.kv_indices.tolist() == [11, 12, 15, 0, 1]
+    assert found.kv_indices.dtype == torch.int64
+    assert found.seqlens_k == (3, 0, 2)
+    assert found.cu_seqlens_q.tolist() == [0, 1, 3, 6]
+    assert found.cu_seqlens_k.tolist() == [0, 3, 3, 5]
+
+
+class Waits(TorchDispatchMode):
+    """Records operators that make the host wait for a GPU, and copies to one."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "item", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        counts = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if name in self.WAITING or by_mask or counts:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plan_is_one_upload_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are what kernels derive from it for their first layer."""
+    uploads: list[torch.Tensor] = []
+    original = types.upload
+    monkeypatch.setattr(
+        types, "upload", lambda host, device: uploads.append(host) or original(host, device)
     )
-    assert found.tolist() == [11, 12, 0, 1]
-    assert found.dtype == torch.int64
-
-
-@pytest.mark.parametrize("ranges", [[], [(0, (3, 3))]])
-def test_gather_slots_of_nothing(ranges: list) -> None:
-    found = gather_slots(ranges, torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0]))
-    assert found.shape == (0,)
-    assert found.dtype == torch.int64
+    prompt = write(5, Video((6,) * 9), 4)
+    batch = make_batch([(prompt, 24, 39), (write(11), 0, 11)], sink=1, block=2)
+    with Waits() as waits:
+        plan = build_plan(batch.sequences, batch.req_to_token, batch.req_pool_indices)
+        assert len(uploads) == 1
+        token_table(plan)
+        assert len(uploads) == 1
+        _own_parts(plan, 1000)
+        _shared_parts(plan)
+        assert len(uploads) == 3
+    assert plan.shared
+    assert not waits.found
+    plan.tiles(16)  # counted on the host
+    assert len(uploads) == 4
 
 
 def test_empty_batch() -> None:
     plan = build_plan([], torch.zeros(1, 4, dtype=torch.int32), torch.tensor([], dtype=torch.int64))
     assert (plan.num_seqs, plan.total_q, plan.max_seqlen_q, plan.max_seqlen_k) == (0, 0, 0, 0)
     assert plan.cu_seqlens_q.tolist() == [0]
-
-
-def test_cumulative() -> None:
-    sums = cumulative(iter([2, 0, 5]), torch.device("cpu"))
-    assert sums.tolist() == [0, 2, 2, 7]
-    assert sums.dtype == torch.int32
+    assert plan.kv_indices.shape == (0,)
 
 
 @pytest.mark.parametrize(("prefix", "extend"), [([0, 0], [1]), ([0], [1]), ([0], [1, 1])])

@@ -6,9 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.support import _REFUSALS, UnsupportedError, check_server_args
+from pevlm_sglang.support import (
+    _REFUSALS,
+    UnsupportedError,
+    check_server_args,
+    prefill_kernel,
+)
 
 CONFIG = PevlmConfig()
 
@@ -74,17 +80,22 @@ def test_every_refusal_has_a_case() -> None:
     assert {option for option, _ in cases} == {refusal.option for refusal in _REFUSALS}
 
 
-def test_fa4_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"--pevlm-base-backend fa4: .* choose fa3"):
-        check_server_args(server_args(), PevlmConfig(base_backend="fa4"))
-
-
-def test_deterministic_triton_is_refused() -> None:
-    args = server_args(attention_backend="triton", enable_deterministic_inference=True)
-    with pytest.raises(UnsupportedError, match="--enable-deterministic-inference"):
+@pytest.mark.parametrize("base", ["triton", "fa4", "trtllm_mha", None])
+def test_deterministic_inference_wants_a_base_kernel(base: str | None) -> None:
+    args = server_args(attention_backend=base, enable_deterministic_inference=True)
+    with pytest.raises(UnsupportedError, match=r"^--enable-deterministic-inference: .* fa3"):
         check_server_args(args, CONFIG)
     args.prefill_attention_backend = "fa3"
     check_server_args(args, CONFIG)
+    assert prefill_kernel(args, CONFIG) == "base"
+    check_server_args(args, PevlmConfig(prefill_kernel="base"))
+    with pytest.raises(UnsupportedError, match=r"--pevlm-prefill-kernel: expected base .* flash$"):
+        check_server_args(args, PevlmConfig(prefill_kernel="flash"))
+
+
+def test_kernel_is_as_asked_for() -> None:
+    assert prefill_kernel(server_args(), CONFIG) == "auto"
+    assert prefill_kernel(server_args(), PevlmConfig(prefill_kernel="flash")) == "flash"
 
 
 def test_unknown_base_backend_is_refused() -> None:
@@ -92,7 +103,12 @@ def test_unknown_base_backend_is_refused() -> None:
     from pevlm_sglang.observe import Observer
 
     with pytest.raises(UnsupportedError, match=r"attention backend SimpleNamespace: PEVLM cannot"):
-        put_on(SimpleNamespace(), Observer(log=False, metrics=False))
+        put_on(
+            SimpleNamespace(),
+            Observer(log=False, metrics=False),
+            layers=[],
+            dtype=torch.float32,
+        )
 
 
 def test_torch_native_on_a_gpu_is_refused() -> None:
@@ -105,4 +121,4 @@ def test_torch_native_on_a_gpu_is_refused() -> None:
     backend = object.__new__(TorchNativeAttnBackend)
     backend.device = "cuda"
     with pytest.raises(UnsupportedError, match="torch_native on cuda: "):
-        put_on(backend, Observer(log=False, metrics=False))
+        put_on(backend, Observer(log=False, metrics=False), layers=[], dtype=torch.float32)

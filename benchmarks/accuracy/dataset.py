@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.questions import TASKS, Question, ask
-from accuracy.videos import World, make_world, render_world, write_mp4
+from accuracy.videos import FPS, World, make_world, render_world, write_mp4
 
 TRAIN, VALIDATION, HELD_OUT, EXAMPLE = 1, 2, 3, 4
 """The splits. ``EXAMPLE`` is for the demo, ``pevlm tune`` and tests: nothing is tuned on
@@ -50,11 +50,11 @@ class Clip:
         """Sampled frames, at two a second."""
         return 2 * len(self.world)
 
-    def write(self, directory: Path) -> Path:
-        """The H.264 file, ``SCENES-NUMBER.mp4``; written anew."""
+    def write(self, directory: Path, fps: float = FPS) -> Path:
+        """The H.264 file, ``SCENES-NUMBER.mp4``, of ``fps`` frames a second; written anew."""
         seed = self.split * 10**6 + len(self.world) * 10**3 + self.number
         path = directory / f"{len(self.world)}-{self.number}.mp4"
-        return write_mp4(path, render_world(self.world, seed=seed))
+        return write_mp4(path, render_world(self.world, seed=seed), fps)
 
 
 def make_clip(

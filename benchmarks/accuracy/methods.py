@@ -97,6 +97,7 @@ def pevlm(
     sink_steps: int,
     block_steps: int,
     block_tokens: int,
+    sink_tokens: int | None = None,
     sp: bool = True,
     df: bool = True,
     fs: bool = True,
@@ -105,7 +106,8 @@ def pevlm(
 
     Args:
         sink_steps, block_steps: of the video, where it is cut by frames.
-        block_tokens: of a block, and of the video's share of the sink, where it is not.
+        block_tokens: of a block, where it is not.
+        sink_tokens: of the video's share of the sink there; None is as many as of a block.
         sp: sequential positions; else every block reuses the first one's.
         df: divide by frame.
         fs: frames in the sink.
@@ -121,7 +123,7 @@ def pevlm(
                 for i in range(0, len(rest), block_steps)
             ]
         else:
-            sink_end = min(prompt.start + block_tokens, prompt.end) if fs else None
+            sink_end = min(prompt.start + (sink_tokens or block_tokens), prompt.end) if fs else None
             blocks = _cut(sink_end or prompt.start, prompt.end, block_tokens)
         recipe = _blocks(prompt, sink_end or prompt.start, blocks)
         return recipe if sp else _reused(prompt, recipe, blocks)
@@ -191,6 +193,11 @@ def attention(
     Returns:
         ``[..., length, head_dim]``
     """
+    return weights(q, k, recipe, softmax_scale).to(v.dtype) @ v
+
+
+def weights(q: torch.Tensor, k: torch.Tensor, recipe: Recipe, softmax_scale: float) -> torch.Tensor:
+    """``[..., length, length]`` fp32: what each query gives to each key; rows sum to one."""
     scores = (q @ k.transpose(-1, -2)).float() * softmax_scale
     scores = scores.masked_fill(~recipe.visible, float("-inf"))
     start, end = recipe.context
@@ -200,7 +207,28 @@ def attention(
         # exp(context - lse) sums to 1; it is given the weight exp(lse_scale * lse) as a whole.
         scores = scores.clone()
         scores[..., end:, start:end] = context - lse + recipe.lse_scale * lse
-    return scores.softmax(-1).to(v.dtype) @ v
+    return scores.softmax(-1)
+
+
+def packed(recipe: Recipe, end: int, lengths: Sequence[int]) -> Recipe:
+    """Several texts after one video in one pass: each sees what it would see alone.
+
+    Args:
+        recipe: of a prompt with the longest of the texts.
+        end: of the video; what is before it does not depend on what is behind.
+        lengths: tokens of the texts, which follow each other from ``end`` on.
+    """
+    size = end + sum(lengths)
+    visible = torch.zeros(size, size, dtype=torch.bool)
+    visible[:end, :end] = recipe.visible[:end, :end]
+    start = end
+    for n in lengths:
+        visible[start : start + n, :end] = recipe.visible[end : end + n, :end]
+        visible[start : start + n, start : start + n] = recipe.visible[end : end + n, end : end + n]
+        start += n
+    positions = [recipe.positions[:, :end]]
+    positions += [recipe.positions[:, end : end + n] for n in lengths]
+    return replace(recipe, visible=visible, positions=torch.cat(positions, 1))
 
 
 def _cut(start: int, end: int, size: int) -> list[Range]:

@@ -90,9 +90,19 @@ def _cross(rng: np.random.Generator, world: World) -> Question | None:
     if not scenes:
         return None
     scene = int(rng.choice(scenes))
-    kind, answer = _attribute(rng, world, scene - 1)
+    return cross_at(world, scene, _kind(rng, world)[0])
+
+
+def cross_at(world: World, scene: int, kind: str) -> Question:
+    """The question of ``cross`` about one scene.
+
+    Args:
+        scene: of an event that occurs once; the scene before it is not that of the code.
+        kind: "Colour" or "Place".
+    """
+    values = world.colours if kind == "Colour" else world.places
     event = EVENTS[world.shapes[scene] - len(FILLERS)]
-    return Question("cross", f"{kind} before {event}?", answer)
+    return Question("cross", f"{kind} before {event}?", _name(kind, int(values[scene - 1])))
 
 
 def _find(rng: np.random.Generator, world: World) -> Question | None:

@@ -68,8 +68,8 @@ PHASES = (
     Phase(2548, 2879, "cross, on very short videos", (4, 8), _CROSS, 0.015, 3e-3, 0.01),
     Phase(2879, 3000, "all tasks", (4, 24), _ALL, 0.012, 3e-3, 0.01),
     Phase(3000, 5178, "all lengths", (4, 56), _HARD, *_LEARN, cool=0.4),
-    Phase(5178, 7500, "count and time in long videos", (12, 56), _LONG, *_LEARN, reading=0.0),
-    Phase(7500, 9000, "the same", (12, 56), _LONG, *_LEARN, reading=0.0, cool=1.0),
+    Phase(5178, 6800, "count and time in long videos", (12, 56), _LONG, *_LEARN, reading=0.0),
+    Phase(6800, 9000, "the same", (12, 56), _LONG, *_LEARN, reading=0.0, cool=1.0),
 )
 
 

@@ -13,6 +13,7 @@ import ctypes
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ WORK_DIR = Path(__file__).resolve().parents[1] / ".cache" / "accuracy"
 MODEL = Path(__file__).parent / "model"
 RESULTS = Path(__file__).parent / "results"
 VALIDATION_SCENES = (12, 24, 40)
+VALIDATION_VIDEOS = 40
 TOKENS = 4500  # a step
 QUESTIONS = 12  # a video
+VARIANTS = 8  # of a picture that a frozen tower has seen
 
 
 def make_optimizers(trainer: Trainer) -> list[torch.optim.Optimizer]:
@@ -111,6 +114,7 @@ class Run:
             getattr(self.trainer, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        self.trainer.bank = state["bank"]
         self.step, self.spent, self.curve = state["step"], state["spent"], state["curve"]
 
     def save(self) -> None:
@@ -119,6 +123,7 @@ class Run:
             for name in ("model", "reader", "rememberer")
         }
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state["bank"] = self.trainer.bank
         state |= {"step": self.step, "spent": self.spent, "curve": self.curve}
         torch.save(state, self.checkpoint.with_suffix(".new"))
         self.checkpoint.with_suffix(".new").rename(self.checkpoint)
@@ -130,7 +135,7 @@ class Run:
         while phase := phase_of(self.step):
             self.step = max(self.step, phase.first)
             if phase.frozen_vision and self.trainer.bank is None:
-                self.trainer.freeze_vision(self.step)
+                self.trainer.freeze_vision(self.options.seed, VARIANTS)
             if phase.restart_language and self.step == phase.first:
                 self.trainer.restart_language(self.options.seed)
                 self.trainer.align_words()
@@ -143,7 +148,10 @@ class Run:
             over = self.spent >= self.options.minutes * 60 or phase_of(self.step) is None
             if over or time.time() - last > self.options.every:
                 last = time.time()
-                scores = {str(2 * n): self.trainer.evaluate(n) for n in VALIDATION_SCENES}
+                scores = {
+                    str(2 * n): self.trainer.evaluate(n, VALIDATION_VIDEOS)
+                    for n in VALIDATION_SCENES
+                }
                 self.curve.append(
                     {"step": self.step, "seconds": round(self.spent), "accuracy": scores}
                 )
@@ -212,7 +220,7 @@ def export(trainer: Trainer, curve: list[dict[str, Any]], step: int, seed: int) 
     (RESULTS / "training.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=240, help="of training in all, at most")
     parser.add_argument("--work-dir", type=Path, default=WORK_DIR)
@@ -225,7 +233,7 @@ def parse() -> argparse.Namespace:
         help="without a checkpoint: go on from model/ and results/training.json",
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

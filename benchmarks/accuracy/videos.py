@@ -218,12 +218,12 @@ def render_world(world: World, seed: int) -> torch.Tensor:
     return frames.flatten(0, 1).round().to(torch.uint8)
 
 
-def write_mp4(path: Path, frames: torch.Tensor) -> Path:
-    """Encode frames at ``FPS`` with H.264, so that a server that samples ``FPS`` keeps each."""
+def write_mp4(path: Path, frames: torch.Tensor, fps: float = FPS) -> Path:
+    """Encode frames with H.264; a server that samples ``fps`` keeps each."""
     from torchcodec.encoders import VideoEncoder
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    VideoEncoder(frames, frame_rate=FPS).to_file(
+    VideoEncoder(frames, frame_rate=fps).to_file(
         path, codec="libx264", pixel_format="yuv420p", crf=16, preset="veryfast"
     )
     return path

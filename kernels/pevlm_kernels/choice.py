@@ -23,6 +23,7 @@ IMPLEMENTATIONS = {
     "flash": "pevlm_kernels.flash",
     "flash_paged": "pevlm_kernels.flash_paged",
     "flash_merged": "pevlm_kernels.flash_merged",
+    "flash_masked": "pevlm_kernels.flash_masked",
     "flashinfer": "pevlm_kernels.flashinfer",
 }
 """Name → the module with its ``prefill`` and ``refusal``."""

@@ -1,53 +1,32 @@
-"""FlashAttention over one packed sequence, without copying a key.
+"""FlashAttention over virtual sequences, each shared key copied and read once.
 
-The virtual sequences tile the sequence, and so do their own keys: one causal varlen call. What came
-before a virtual sequence is the sink for all blocks, and everything for the question: a call
-without a mask for each of the two, merged by their log-sum-exp.
+Neighbouring blocks begin with the same keys, their sink. So two calls take the place of one: every
+virtual sequence against its own keys, causal, and all queries of the blocks against their sink,
+without a mask; merged by their log-sum-exp. A virtual sequence that shares nothing, the question
+for instance, is whole in the first call.
+
+What it copies of the cache: each block's own keys, each sink once, and all keys of a question. That
+is twice the keys of a long video, where ``flash`` copies the sink for every block. Of these copies
+at most ``flash.GATHERED_BYTES`` exist at a time, or the keys of one virtual sequence or sink where
+those are more. From one packed sequence nothing is copied at all.
+
+What it moves besides is a second output: written, then read with the first one and merged into it.
+By bytes, outputs of ``num_q_heads`` against keys of ``num_kv_heads``, that pays where a sink has
+more tokens than ``num_q_heads / num_kv_heads`` of its blocks together.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
 from pevlm_kernels import flash
+from pevlm_kernels.flash import Part
 from pevlm_kernels.merge import merge_states
-from pevlm_kernels.types import PrefillPlan
+from pevlm_kernels.types import PrefillPlan, upload_lists
 
 refusal = flash.refusal
-
-
-class Past(NamedTuple):
-    """Neighbouring queries that see the same keys before their own: the first ``num_keys``."""
-
-    start: int
-    end: int
-    num_keys: int
-
-
-def pasts_of(plan: PrefillPlan) -> list[Past]:
-    """What came before the virtual sequences of a packed plan: for the blocks, for the question.
-
-    Raises:
-        ValueError: a plan of anything but one packed sequence.
-    """
-    if plan.seams is None:
-        raise ValueError(
-            "impl 'flash_merged': expected the plan of one packed sequence (packed_plan), whose "
-            "keys are two runs of rows; got a list of cache slots"
-        )
-    pasts: list[Past] = []
-    ends = accumulate(plan.seqlens_q)
-    for n, m, end in zip(plan.seqlens_q, plan.seqlens_k, ends, strict=True):
-        if m == n:
-            continue
-        if pasts and pasts[-1].end == end - n and pasts[-1].num_keys == m - n:
-            pasts[-1] = pasts[-1]._replace(end=end)
-        else:
-            pasts.append(Past(end - n, end, m - n))
-    return pasts
 
 
 def prefill(
@@ -59,45 +38,56 @@ def prefill(
     softmax_scale: float,
     v_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pevlm_kernels.interface.pevlm_prefill`, and :func:`pasts_of` for the plan."""
-    pasts = pasts_of(plan)
-    k, v = k_cache.to(q.dtype), v_cache.to(q.dtype)
-    varlen = flash.varlen(q.device)
-    out, lse = varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q=plan.cu_seqlens_q,
-        cu_seqlens_k=plan.cu_seqlens_q,
-        max_seqlen_q=plan.max_seqlen_q,
-        max_seqlen_k=plan.max_seqlen_q,
-        softmax_scale=softmax_scale,
-        causal=True,
-    )
-    for start, end, num_keys in pasts:
-        rows = slice(start, end)
-        past = varlen(
-            q[rows],
-            k[:num_keys],
-            v[:num_keys],
-            cu_seqlens_q=_one_sequence(plan, end - start),
-            cu_seqlens_k=_one_sequence(plan, num_keys),
-            max_seqlen_q=end - start,
-            max_seqlen_k=num_keys,
-            softmax_scale=softmax_scale,
-            causal=False,
-        )
+    """See :func:`pevlm_kernels.interface.pevlm_prefill`."""
+    most_keys = flash.gathered_keys(q, k_cache)
+    key = ("flash_merged parts", most_keys)
+    if key not in plan.memo:
+        plan.memo[key] = _own_parts(plan, most_keys), _shared_parts(plan)
+    own, shared = plan.memo[key]
+    out, lse = flash.attend(q, k_cache, v_cache, own, softmax_scale)
+    for part in shared:
+        rows = part.rows
+        past = flash.attend(q, k_cache, v_cache, [part], softmax_scale, causal=False)
         merged, merged_lse = merge_states(out[rows], lse[:, rows], *past)
         if merged.data_ptr() != out[rows].data_ptr():
             out[rows], lse[:, rows] = merged, merged_lse
     return (out if v_scale == 1 else out * v_scale), lse
 
 
-def _one_sequence(plan: PrefillPlan, length: int) -> torch.Tensor:
-    """``[2]`` int32 cumulative lengths, uploaded for the first layer."""
-    key = ("one sequence", length)
-    if key not in plan.memo:
-        device = plan.cu_seqlens_q.device
-        plan.memo[key] = torch.tensor([0, length], dtype=torch.int32, device=device)
-    found: torch.Tensor = plan.memo[key]
-    return found
+def _own_parts(plan: PrefillPlan, most_keys: int) -> list[Part]:
+    """All virtual sequences, on the keys that they do not share."""
+    dropped = [0] * plan.num_seqs
+    for first, end, num_keys in plan.shared:
+        dropped[first:end] = [num_keys] * (end - first)
+    own = tuple(m - num for m, num in zip(plan.seqlens_k, dropped, strict=True))
+    if plan.seams is not None and own == plan.seqlens_q:
+        cu_seqlens, longest = plan.cu_seqlens_q, plan.max_seqlen_q
+        rows = slice(0, plan.total_q)
+        return [Part(rows, rows, cu_seqlens, cu_seqlens, longest, longest)]
+    if not plan.shared:
+        return flash.parts_of(plan, plan.kv_indices, plan.cu_seqlens_k, own, most_keys)
+    # Key j of the shorter list is key j + (all dropped up to its sequence) of the plan's.
+    cu_seqlens_k, shifts = upload_lists(
+        [list(accumulate(own, initial=0)), list(accumulate(dropped))], plan.kv_indices.device
+    )
+    total = sum(own)
+    of_seq = torch.repeat_interleave(cu_seqlens_k.diff(), output_size=total)
+    at = torch.arange(total, device=plan.kv_indices.device) + shifts[of_seq]
+    return flash.parts_of(plan, plan.kv_indices[at], cu_seqlens_k, own, most_keys)
+
+
+def _shared_parts(plan: PrefillPlan) -> list[Part]:
+    """The queries that share keys, on those keys."""
+    row_at = list(accumulate(plan.seqlens_q, initial=0))
+    key_at = list(accumulate(plan.seqlens_k, initial=0))
+    lengths = [(row_at[end] - row_at[first], m) for first, end, m in plan.shared]
+    cumulative = upload_lists(
+        [[0, length] for pair in lengths for length in pair], plan.kv_indices.device
+    )
+    parts = []
+    for i, ((first, end, m), (n, _)) in enumerate(zip(plan.shared, lengths, strict=True)):
+        start = key_at[first]
+        slots = slice(0, m) if plan.seams is not None else plan.kv_indices[start : start + m]
+        rows = slice(row_at[first], row_at[end])
+        parts.append(Part(rows, slots, cumulative[2 * i], cumulative[2 * i + 1], n, m))
+    return parts

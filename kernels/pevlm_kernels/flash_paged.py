@@ -55,9 +55,14 @@ def token_table(plan: PrefillPlan) -> torch.Tensor:
     if "token_table" not in plan.memo:
         device = plan.kv_indices.device
         lengths = plan.cu_seqlens_k.diff()
-        columns = torch.arange(plan.max_seqlen_k, device=device)
-        table = torch.zeros(plan.num_seqs, plan.max_seqlen_k, dtype=torch.int32, device=device)
-        table[columns < lengths[:, None]] = plan.kv_indices.to(torch.int32)
-        plan.memo["token_table"] = table
+        # Row i of the table starts at i * width, its keys in the list at cu_seqlens_k[i]. Written
+        # by place and not by a mask, whose number of places the host would have to wait for.
+        width, total = plan.max_seqlen_k, len(plan.kv_indices)
+        starts = torch.arange(plan.num_seqs, device=device) * width - plan.cu_seqlens_k[:-1]
+        of_seq = torch.repeat_interleave(lengths, output_size=total)
+        places = torch.arange(total, device=device) + starts[of_seq]
+        table = torch.zeros(plan.num_seqs * width, dtype=torch.int32, device=device)
+        table[places] = plan.kv_indices.to(torch.int32)
+        plan.memo["token_table"] = table.view(plan.num_seqs, width)
     found: torch.Tensor = plan.memo["token_table"]
     return found

@@ -6,11 +6,12 @@ The only importer of ``flashinfer``.
 from __future__ import annotations
 
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from pevlm_kernels.types import PrefillPlan
+from pevlm_kernels.types import PrefillPlan, pinned
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
@@ -65,11 +66,12 @@ def _planned(
     if key not in plan.memo:
         device = plan.kv_indices.device
         wrapper = BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD")
+        cu_seqlens_q, cu_seqlens_k, last_page_len = host_lists(plan)
         wrapper.plan(
-            plan.cu_seqlens_q,
-            plan.cu_seqlens_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
             plan.kv_indices.to(torch.int32),
-            torch.ones(plan.num_seqs, dtype=torch.int32, device=device),
+            last_page_len,
             *heads,
             1,
             causal=True,
@@ -79,6 +81,18 @@ def _planned(
         )
         plan.memo[key] = wrapper
     return plan.memo[key]
+
+
+def host_lists(plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``cu_seqlens_q``, ``cu_seqlens_k`` and ``num_seqs`` page lengths of 1, int32 on the host.
+    FlashInfer plans there: of tensors on the device it would make copies, and wait for them."""
+    device = plan.kv_indices.device
+    lists = [list(accumulate(lengths, initial=0)) for lengths in (plan.seqlens_q, plan.seqlens_k)]
+    cu_seqlens_q, cu_seqlens_k, last_page_len = (
+        pinned(torch.tensor(numbers, dtype=torch.int32), device)
+        for numbers in (*lists, [1] * plan.num_seqs)
+    )
+    return cu_seqlens_q, cu_seqlens_k, last_page_len
 
 
 @cache

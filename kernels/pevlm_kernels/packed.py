@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pevlm_kernels.interface import pevlm_prefill
-from pevlm_kernels.types import PrefillPlan
+from pevlm_kernels.types import PrefillPlan, shared_keys, upload, upload_lists
 
 Block = tuple[int, int]
 
@@ -83,14 +83,19 @@ def packed_plan(
         part for start, end, prefix in pieces for part in (positions[:prefix], positions[start:end])
     ]
     indices = torch.cat([torch.empty(0, dtype=torch.int64), *slots])
-    seams = [(prefix, start - prefix) for start, _, prefix in pieces]
+    seams = [number for start, _, prefix in pieces for number in (prefix, start - prefix)]
+    cu_seqlens_q, cu_seqlens_k, flat_seams = upload_lists(
+        [list(accumulate(seqlens_q, initial=0)), list(accumulate(seqlens_k, initial=0)), seams],
+        device,
+    )
     return PrefillPlan(
-        cu_seqlens_q=_cumulative(seqlens_q).to(device),
-        cu_seqlens_k=_cumulative(seqlens_k).to(device),
-        kv_indices=indices.to(device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        kv_indices=upload(indices, device),
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
-        seams=torch.tensor(seams, dtype=torch.int32).view(-1, 2).to(device),
+        seams=flat_seams.view(-1, 2),
+        shared=shared_keys((prefix, prefix) for _, _, prefix in pieces),
     )
 
 
@@ -118,7 +123,3 @@ def _pieces(length: int, sink_end: int, blocks: tuple[Block, ...]) -> list[tuple
     elif not pieces and length:
         pieces.append((0, length, 0))
     return pieces
-
-
-def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)

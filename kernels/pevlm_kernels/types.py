@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Shared(NamedTuple):
+    """Neighbouring virtual sequences that begin with the same keys: the blocks of one video, and
+    their sink.
+
+    Attributes:
+        first, end: the virtual sequences ``first : end``.
+        num_keys: their first keys, which all lie before each one's own queries.
+    """
+
+    first: int
+    end: int
+    num_keys: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,9 @@ class PrefillPlan:
         seqlens_k: ``num_seqs`` key counts, on the host.
         seams: None, or ``[num_seqs, 2]`` int32 on the device, (seam, shift): key j lies in row j of
             the cache below the seam, and in row j + shift from it on. The same as ``kv_indices``,
-            for a kernel that would rather count than read a list.
+            for a kernel that would rather count than read a list. For one packed sequence only,
+            where row i of the cache belongs to query i.
+        shared: in order and without overlap; for a kernel that attends to shared keys once.
         memo: what implementations derived from the plan, for the layers that follow.
 
     Raises:
@@ -37,6 +55,7 @@ class PrefillPlan:
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
     seams: torch.Tensor | None = None
+    shared: tuple[Shared, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +89,20 @@ class PrefillPlan:
                     f"PrefillPlan: expected 0 < seqlen_q <= seqlen_k, got {q} and {k}; every query "
                     "is one of its own keys"
                 )
+        at = 0
+        for first, end, num_keys in self.shared:
+            if not at <= first < end <= self.num_seqs:
+                raise ValueError(
+                    f"PrefillPlan.shared: expected {at} <= first < end <= {self.num_seqs}, in "
+                    f"order and without overlap, got {first} and {end}"
+                )
+            most = min(self.seqlens_k[i] - self.seqlens_q[i] for i in range(first, end))
+            if not 0 < num_keys <= most:
+                raise ValueError(
+                    f"PrefillPlan.shared: expected 0 < num_keys <= {most}, the keys before the "
+                    f"queries of {first} : {end}, got {num_keys}"
+                )
+            at = end
 
     @property
     def num_seqs(self) -> int:
@@ -104,6 +137,40 @@ class PrefillPlan:
             keys = (m - n)[seq] + torch.minimum(first + block_m, n[seq])
             order = keys.argsort(descending=True, stable=True)
             tiles = torch.stack([seq, first], dim=1)[order].to(torch.int32)
-            self.memo["tiles", block_m] = tiles.to(self.cu_seqlens_q.device)
+            self.memo["tiles", block_m] = upload(tiles, self.cu_seqlens_q.device)
         found: torch.Tensor = self.memo["tiles", block_m]
         return found
+
+
+def shared_keys(pasts: Iterable[tuple[Hashable, int]], *, at_least: int = 1) -> tuple[Shared, ...]:
+    """Neighbours with the same past as :class:`Shared`.
+
+    Args:
+        pasts: of each virtual sequence, what its first keys are, and how many they are.
+        at_least: neighbours, for it to be worth a mention.
+    """
+    found: list[Shared] = []
+    at = 0
+    for (_, num_keys), group in groupby(pasts):
+        end = at + sum(1 for _ in group)
+        if num_keys and end - at >= at_least:
+            found.append(Shared(at, end, num_keys))
+        at = end
+    return tuple(found)
+
+
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small host tensor on the device, without waiting for it: a copy from pageable memory would
+    hold the host until everything before it on the device is done."""
+    return pinned(host, device).to(device, non_blocking=True)
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor in memory that a GPU can copy from by itself, where the device is one."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def upload_lists(lists: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """Lists of numbers as int32 tensors on the device, in one copy."""
+    flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32)
+    return list(upload(flat, device).split([len(numbers) for numbers in lists]))

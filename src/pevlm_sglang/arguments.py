@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pevlm_sglang.config import BASE_BACKENDS, PevlmConfig, resolve
+from pevlm_sglang.config import PevlmConfig, resolve
 
 NAME = "pevlm"
 CONFIG_FILE = "pevlm_config"
@@ -32,8 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             settings |= {"type": _boolean, "metavar": "{true,false}"}
         else:
             settings["type"] = type(option.default)
-        if option.name == "base_backend":
-            settings["choices"] = BASE_BACKENDS
+        if option.metadata["choices"]:
+            settings["choices"] = option.metadata["choices"]
         default = str(option.default).lower()
         group.add_argument(
             f"--pevlm-{option.name.replace('_', '-')}",

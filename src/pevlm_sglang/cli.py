@@ -1,4 +1,4 @@
-"""The command line: ``pevlm show``."""
+"""The command line: ``pevlm show`` and ``pevlm tune``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from pevlm_sglang.config import PevlmConfig, resolve
 from pevlm_sglang.families import geometry
 from pevlm_sglang.show import Model, Prompt, Request, as_json, as_text
+from pevlm_sglang.tune import command as tune
 
 _PRESET_SUFFIXES = (".yaml", ".yml")
 _DEFAULT_SIZE = (1280, 720)
@@ -41,18 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 for what the user can mend, with one line on stderr.
+        The exit code: 0, or 2 for what the user can mend, with one line on stderr; ``tune`` has
+        more.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="pevlm", description="Tools of PEVLM for SGLang.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_show(commands)
-    arguments = parser.parse_args(argv)
+    tune.add_parser(commands)
+    arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
     try:
-        arguments.run(arguments)
+        code: int = arguments.run(arguments)
     except ValueError as error:
         print(f"pevlm: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 def _add_show(commands: Any) -> None:
@@ -147,7 +151,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _show(arguments: argparse.Namespace) -> None:
+def _show(arguments: argparse.Namespace) -> int:
     model, preset = _model_and_preset(arguments)
     layout_flags = _given(arguments, ("sink_frames", "block_frames"))
     prompt = Prompt.build(model, resolve(preset, layout_flags), _request(arguments))
@@ -156,6 +160,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
         draw_png(prompt, arguments.png)
     print(as_json(prompt) if arguments.json else as_text(prompt))
+    return 0
 
 
 def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, Path | None]:

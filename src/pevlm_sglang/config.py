@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "triton", "torch_native")
+BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "trtllm_mha", "triton", "torch_native")
+PREFILL_KERNELS = (
+    *("auto", "base", "flash", "flash_merged", "flash_paged"),
+    *("flashinfer", "triton", "sdpa"),
+)
+"""``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
 MAX_FRAMES = 1_000_000
 """More sampled frames than any context holds; a bound, so that a number can always be handled."""
@@ -23,8 +28,11 @@ RULES_VERSION = 1
 """Part of the cache namespace: raise it when ``layout.py`` gives the same setting another mask."""
 
 
-def _option(default: Any, help_text: str, *, per_request: bool) -> Any:
-    return field(default=default, metadata={"help": help_text, "per_request": per_request})
+def _option(
+    default: Any, help_text: str, *, per_request: bool, choices: tuple[str, ...] | None = None
+) -> Any:
+    metadata = {"help": help_text, "per_request": per_request, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,14 @@ class PevlmConfig:
         "auto",
         "SGLang's attention backend to build on; auto = the one SGLang would pick",
         per_request=False,
+        choices=BASE_BACKENDS,
+    )
+    prefill_kernel: str = _option(
+        "auto",
+        "what computes a prefill with blocks; base = the base backend's own kernel; auto = the one "
+        "expected to be fastest on the base backend and GPU",
+        per_request=False,
+        choices=PREFILL_KERNELS,
     )
     vision_fixes: bool = _option(
         True,
@@ -63,16 +79,16 @@ class PevlmConfig:
                 raise ValueError(
                     f"{option.name}: expected {expected.__name__}, got {_shown(value)}"
                 )
+            choices = option.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{option.name}: expected one of {', '.join(choices)}, got {_shown(value)}"
+                )
         for name, least in (("sink_frames", 0), ("block_frames", 1)):
             value = getattr(self, name)
             if not least <= value <= MAX_FRAMES:
                 bound = f">= {least}" if value < least else f"<= {MAX_FRAMES}"
                 raise ValueError(f"{name}: expected {bound}, got {_shown(value)}")
-        if self.base_backend not in BASE_BACKENDS:
-            raise ValueError(
-                f"base_backend: expected one of {', '.join(BASE_BACKENDS)}, "
-                f"got {_shown(self.base_backend)}"
-            )
 
     @classmethod
     def option_names(cls, *, per_request: bool = False) -> tuple[str, ...]:

@@ -122,17 +122,16 @@ class Observer:
         delta = Totals(sparse_forwards=1)
         blocks: set[tuple[int, int]] = set()
         for sequence in sequences:
-            piece, request = sequence.piece, requests[sequence.row]
-            tokens = piece.num_queries
-            delta.pairs_computed += piece.num_pairs
-            delta.pairs_saved += full_pairs(piece.start, piece.end) - piece.num_pairs
+            piece = sequence.piece
+            tokens, pairs = piece.num_queries, piece.num_pairs
+            delta.pairs_computed += pairs
+            delta.pairs_saved += full_pairs(piece.start, piece.end) - pairs
             if piece.is_full:
-                delta.dense_tokens[request.dense_reason or GLOBAL_TOKEN] += tokens
+                reason = requests[sequence.row].dense_reason or GLOBAL_TOKEN
+                delta.dense_tokens[reason] += tokens
             else:
                 delta.sparse_tokens += tokens
-                block = request.layout.block_of(piece.start)
-                assert block is not None, "a sparse piece lies in a block"
-                blocks.add((sequence.row, block.start))
+                blocks.add((sequence.row, piece.keys[-1][0]))  # where its last key range starts
         self._add(delta)
         if self._log:
             pairs = delta.pairs_computed + delta.pairs_saved

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
-from pevlm_kernels.types import PrefillPlan
+from pevlm_kernels.types import PrefillPlan, shared_keys, upload_lists
 from pevlm_sglang.layout import Layout, Piece, Range
 
 
@@ -62,50 +63,77 @@ def build_plan(
     Returns:
         The plan, on the device of ``req_to_token``.
     """
-    seqlens_q = tuple(s.piece.num_queries for s in sequences)
-    seqlens_k = tuple(s.piece.num_keys for s in sequences)
+    keys = [(sequence.row, sequence.piece.keys) for sequence in sequences]
+    seqlens_q = tuple(sequence.piece.num_queries for sequence in sequences)
+    lists = slot_lists(seqlens_q, keys, req_to_token, req_pool_indices)
+    pasts = ((row, ranges[:-1]) for row, ranges in keys)
     return PrefillPlan(
-        cu_seqlens_q=cumulative(seqlens_q, req_to_token.device),
-        cu_seqlens_k=cumulative(seqlens_k, req_to_token.device),
-        kv_indices=gather_slots(
-            ((s.row, key_range) for s in sequences for key_range in s.piece.keys),
-            req_to_token,
-            req_pool_indices,
-        ),
+        cu_seqlens_q=lists.cu_seqlens_q,
+        cu_seqlens_k=lists.cu_seqlens_k,
+        kv_indices=lists.kv_indices,
         seqlens_q=seqlens_q,
-        seqlens_k=seqlens_k,
+        seqlens_k=lists.seqlens_k,
+        shared=shared_keys(((past, total_length(past[1])) for past in pasts), at_least=2),
     )
 
 
-def cumulative(lengths: Iterable[int], device: torch.device) -> torch.Tensor:
-    """``[n + 1]`` int32 running sums of n lengths, from 0."""
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+class SlotLists(NamedTuple):
+    """A list of cache slots a sequence, one after the other.
+
+    Attributes:
+        cu_seqlens_q: ``[num_seqs + 1]`` int32 on the device.
+        cu_seqlens_k: ``[num_seqs + 1]`` int32 on the device.
+        kv_indices: ``[total_k]`` int64 on the device.
+        seqlens_k: ``num_seqs`` list lengths, on the host.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    kv_indices: torch.Tensor
+    seqlens_k: tuple[int, ...]
 
 
-def gather_slots(
-    ranges: Iterable[tuple[int, Range]],
+def slot_lists(
+    seqlens_q: Sequence[int],
+    keys: Sequence[tuple[int, Sequence[Range]]],
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
-) -> torch.Tensor:
-    """The cache slots of token ranges, one after the other.
+) -> SlotLists:
+    """The cache slots of each sequence's token ranges.
 
-    Only the table of ranges travels to the device; the slots are gathered there.
+    Only lengths and ranges travel to the device, in one copy that the host does not wait for; the
+    slots are gathered there.
 
     Args:
-        ranges: (row of the batch, range of positions).
+        seqlens_q: query counts.
+        keys: of each sequence, the row of the batch and ranges of positions.
         req_to_token, req_pool_indices: see :func:`build_plan`.
-
-    Returns:
-        ``[total]`` int64
     """
-    table = [(row, start, end - start) for row, (start, end) in ranges]
+    seqlens_k = tuple(total_length(ranges) for _, ranges in keys)
+    rows = [row for row, ranges in keys for _ in ranges]
+    bounds = [bound for _, ranges in keys for bound in ranges]
+    ends = list(accumulate(end - start for start, end in bounds))
+    total = ends[-1] if ends else 0
+    # Position of output j = start of its range + (j - outputs before the range) = j + shift.
+    shifts = [end_of_range - end for (_, end_of_range), end in zip(bounds, ends, strict=True)]
     device = req_to_token.device
-    total = sum(length for _, _, length in table)
-    if not total:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    rows, starts, lengths = torch.tensor(table, dtype=torch.int64).T.contiguous().to(device)
-    # Position of output j = start of its range + (j - outputs before the range).
-    offsets = starts - (lengths.cumsum(0) - lengths)
-    of_range = torch.repeat_interleave(lengths, output_size=total)
-    positions = torch.arange(total, device=device) + offsets[of_range]
-    return req_to_token[req_pool_indices[rows[of_range]], positions].to(torch.int64)
+    cu_seqlens_q, cu_seqlens_k, places, row_of_range, shift_of_range = upload_lists(
+        [
+            list(accumulate(seqlens_q, initial=0)),
+            list(accumulate(seqlens_k, initial=0)),
+            [0, *ends],
+            rows,
+            shifts,
+        ],
+        device,
+    )
+    of_range = torch.repeat_interleave(places.diff(), output_size=total)
+    positions = torch.arange(total, device=device) + shift_of_range[of_range]
+    pool_row = req_pool_indices[row_of_range][of_range]
+    slots = req_to_token[pool_row, positions].to(torch.int64)
+    return SlotLists(cu_seqlens_q, cu_seqlens_k, slots, seqlens_k)
+
+
+def total_length(ranges: Iterable[Range]) -> int:
+    """Tokens in ranges that do not overlap."""
+    return sum(end - start for start, end in ranges)

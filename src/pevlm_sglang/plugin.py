@@ -68,6 +68,7 @@ class _Serving:
         observer: what was computed so far.
         keeper: of the embeddings that prefill has begun to use.
         vision_corrections: what is corrected in SGLang's vision path, in words.
+        prefill_kernel: what computes a forward with LOCAL tokens.
     """
 
     config: PevlmConfig
@@ -75,6 +76,7 @@ class _Serving:
     observer: Observer
     keeper: embeddings.Keeper
     vision_corrections: tuple[str, ...]
+    prefill_kernel: str
 
 
 class _Process:
@@ -254,6 +256,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if config is None or model_runner.is_draft_worker:
         return
     _stop_unless_hooked()
+    from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.runtime_context import get_parallel
 
@@ -270,7 +273,13 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     try:
         rule = SpanRule.of_model(model_runner.model_config.hf_config)
         support.check_model(model_runner)
-        put_on(prefill_backend, observer)
+        passed_over = put_on(
+            prefill_backend,
+            observer,
+            layers=support.attention_layers(model_runner.model),
+            dtype=model_runner.dtype,
+            kernel=support.prefill_kernel(resolved_view(model_runner.server_args), config),
+        )
         keeper = embeddings.Keeper(observer)
         fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
         fixes += corrections.described(model_runner.model)
@@ -280,19 +289,22 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.serving = _Serving(config, rule, observer, keeper, fixes)
+    _Process.serving = _Serving(config, rule, observer, keeper, fixes, prefill_backend.pevlm_kernel)
     if first_rank:
         steps = rule.frames_per_step
         logger.info(
-            "PEVLM is active on %s: sink of %d frames (%d steps), blocks of %d frames (%d steps), "
-            "%d sampled frames a step",
+            "PEVLM is active on %s, prefill kernel %s: sink of %d frames (%d steps), blocks of %d "
+            "frames (%d steps), %d sampled frames a step",
             result.prefill_attention_backend_str,
+            prefill_backend.pevlm_kernel,
             config.sink_frames,
             whole_steps(config.sink_frames, steps),
             config.block_frames,
             whole_steps(config.block_frames, steps),
             steps,
         )
+        if passed_over:
+            logger.info("PEVLM prefill kernel auto passed over %s", passed_over)
         logger.info("PEVLM vision corrections: %s", "; ".join(fixes) or "none")
 
 
@@ -326,6 +338,7 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
         info[SERVER_INFO_KEY] = {
             **serving.config.describe(),
             "base_backend": scheduler.tp_worker.model_runner.prefill_attention_backend_str,
+            "prefill_kernel": serving.prefill_kernel,
             "frames_per_step": serving.rule.frames_per_step,
             "vision_corrections": list(serving.vision_corrections),
         }

@@ -58,6 +58,11 @@ _REFUSALS = (
 )
 
 
+DETERMINISTIC_BASES = ("fa3", "flashinfer")
+"""Bases with a prefill kernel of their own that PEVLM runs under deterministic inference. The
+triton backend takes another kernel there, which PEVLM does not rewrite."""
+
+
 def check_server_args(resolved: Any, config: PevlmConfig) -> None:
     """Refuse settings of SGLang that PEVLM does not work with.
 
@@ -77,16 +82,19 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
                 f"{flag}: expected {expected}, got {value}; {reason}. "
                 f"Leave {flag} out, or serve without --attention-backend pevlm"
             )
-    if config.base_backend == "fa4":
+    if not getattr(resolved, "enable_deterministic_inference", False):
+        return
+    base = resolved.prefill_attention_backend or resolved.attention_backend or ""
+    if base not in DETERMINISTIC_BASES:
         raise UnsupportedError(
-            "--pevlm-base-backend fa4: its page tables cannot point at single tokens; choose "
-            "fa3, flashinfer or triton"
+            f"--enable-deterministic-inference: expected --pevlm-base-backend "
+            f"{' or '.join(DETERMINISTIC_BASES)}, whose own prefill kernel PEVLM runs there, got "
+            f"{base or 'none'}"
         )
-    triton = "triton" in (resolved.prefill_attention_backend or resolved.attention_backend or "")
-    if triton and getattr(resolved, "enable_deterministic_inference", False):
+    if config.prefill_kernel not in ("auto", "base"):
         raise UnsupportedError(
-            "--enable-deterministic-inference: the triton backend takes another prefill kernel "
-            "there, which PEVLM does not rewrite; choose --pevlm-base-backend fa3 or flashinfer"
+            f"--pevlm-prefill-kernel: expected base with --enable-deterministic-inference, whose "
+            f"results do not depend on the batch, got {config.prefill_kernel}"
         )
 
 
@@ -114,3 +122,17 @@ def check_model(model_runner: Any) -> None:
                 f"model {config.model_path}: has {finding}, which PEVLM does not cover; "
                 "serve it without --attention-backend pevlm"
             )
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """SGLang's attention layers with a KV cache on this rank."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def prefill_kernel(resolved: Any, config: PevlmConfig) -> str:
+    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
+    whose results SGLang makes independent of the batch."""
+    deterministic = getattr(resolved, "enable_deterministic_inference", False)
+    return "base" if deterministic else config.prefill_kernel

@@ -102,6 +102,14 @@ def test_unknown_video_setting_is_refused(model: Callable[[str], Path]) -> None:
     assert "Load weight" not in written
 
 
+def test_kernel_that_cannot_run_here_is_refused(model: Callable[[str], Path]) -> None:
+    """By the scheduler, once its backend is there; no request has to find out."""
+    flags = ("--attention-backend", "pevlm", "--pevlm-prefill-kernel", "flash")
+    written = _refusal(model("qwen2_5_vl"), *flags)
+    reason = "expected a kernel that takes this server's tensors, got flash: expected tensors on a"
+    assert f"PEVLM: --pevlm-prefill-kernel flash: {reason} CUDA GPU, got cpu" in written
+
+
 def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
     """Where SGLang lacks a function that PEVLM hooks, its name is not on offer."""
     code = (
@@ -159,7 +167,7 @@ def test_serve_with_a_config_file(
         totals = server.info()["internal_states"][0]["pevlm"]
     assert info | {"sink_frames": 2, "block_frames": 4, "image_runs": True} == info
     assert info | {"vision_fixes": False, "vision_corrections": []} == info
-    assert info["base_backend"] == "torch_native"
+    assert (info["base_backend"], info["prefill_kernel"]) == ("torch_native", "sdpa")
     assert totals["sparse_tokens"] > 0
 
 

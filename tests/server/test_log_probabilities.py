@@ -36,6 +36,7 @@ def test_model_and_ranks(exchange: Exchange, clip: Clip, setting: Setting | None
 @pytest.mark.parametrize("exchange", ["triton"], indirect=True)
 @pytest.mark.parametrize("setting", [Setting(2, 2), Setting(0, 5), None])
 def test_triton(exchange: Exchange, clip: Clip, setting: Setting | None) -> None:
+    assert exchange.server.info()["pevlm"]["prefill_kernel"] == "triton"  # PEVLM's own
     exchange.check(about(clip(10), setting=setting))
 
 

@@ -1,4 +1,5 @@
-"""All cases of one base backend, in a process of its own: ``python -m support.base_cases BASE``.
+"""All cases of one base backend, with some prefill kernels, in a process of its own:
+``python -m support.base_cases BASE KERNEL...``.
 
 A process of its own, because Triton's interpreter and the emulated libraries have to be in place
 before anything is imported. Prints one JSON line: cases by kind, and the largest error.
@@ -13,38 +14,41 @@ from __future__ import annotations
 import json
 import sys
 import unittest
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pevlm_kernels.reference import masked_attention
+from pevlm_sglang.layout import FrameSpans, Layout
+from pevlm_sglang.observe import Observer, RequestLayout
+from pevlm_sglang.plan import virtual_sequences
+from support import emulated_kernels
 
 HEAD_DIM = 32
+WITHOUT_FP8 = ("base", "flash_paged")  # the base's numerics are its own; the other refuses fp8
 TOLERANCE = 2e-5  # fp32, a hidden size of 64
 
 
 @torch.no_grad()
-def main(base: str) -> None:
-    if base == "fa3":
-        from support.emulated_kernels import install_flash_attention
-
-        install_flash_attention()
-    if base == "flashinfer":
-        from support.emulated_kernels import install_flashinfer
-
-        install_flashinfer()
-    runs = {
-        "dense": dense_cases(base),
-        "planned": planned_cases(base),
-        "sparse": sparse_cases(base),
-    }
-    summary: dict[str, Any] = {"base": base}
+def main(base: str, *kernels: str) -> None:
+    emulated_kernels.install(base)
     worst = 0.0
-    for kind, errors in runs.items():
-        done = list(errors)
-        summary[kind] = len(done)
-        worst = max(worst, *done)
+    summary: dict[str, Any] = {"base": base, "taken": {}}
+    dense = list(dense_cases(base))
+    worst = max(worst, *dense)
+    summary["dense"] = len(dense)
+    for kernel in kernels:
+        fixture = _fixture(_kit().make_dense_cases(base)[0], kernel)
+        taken = summary["taken"][kernel] = fixture.backend.pevlm_kernel
+        kinds = {"planned": planned_cases, "sparse": sparse_cases}
+        if taken not in WITHOUT_FP8:
+            kinds["fp8"] = fp8_cases
+        for kind, cases in kinds.items():
+            errors = list(cases(base, taken))
+            summary[kind] = summary.get(kind, 0) + len(errors)
+            worst = max(worst, *errors)
     print(json.dumps({**summary, "max_error": worst}))
     assert worst <= TOLERANCE, f"largest error {worst} > {TOLERANCE}"
 
@@ -52,22 +56,19 @@ def main(base: str) -> None:
 def dense_cases(base: str) -> Any:
     """SGLang's dense kit through a backend with PEVLM put on: text requests are untouched."""
     for case in _kit().make_dense_cases(base):
-        if base in ("fa3", "flashinfer") and case.forward_mode.is_decode():
+        if base in emulated_kernels.BASES and case.forward_mode.is_decode():
             continue  # decode is the base's own, and its kernels are not emulated
         fixture = _fixture(case)
         actual = _kit().run_dense_fixture_eager(fixture)
         yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def planned_cases(base: str) -> Any:
+def planned_cases(base: str, kernel: str) -> Any:
     """The kit's prefill cases again, forced through a plan of one virtual sequence a request."""
-    from pevlm_sglang.layout import Layout
-    from pevlm_sglang.plan import virtual_sequences
-
     for case in _kit().make_dense_cases(base):
         if case.forward_mode.is_decode():
             continue
-        fixture = _fixture(case)
+        fixture = _fixture(case, kernel)
         fixture.backend.init_forward_metadata(fixture.forward_batch)
         layouts = [Layout()] * case.batch_size
         sequences = virtual_sequences(layouts, case.prefix_lens, case.extend_lens)
@@ -76,16 +77,12 @@ def planned_cases(base: str) -> Any:
         yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def sparse_cases(base: str) -> Any:
+def sparse_cases(base: str, kernel: str) -> Any:
     """Batches of video, text and decode rows, cut anywhere, in pages of 1 and 16."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from pevlm_sglang.layout import FrameSpans, Layout
-    from pevlm_sglang.observe import RequestLayout
-
-    video = FrameSpans(tuple((5 + 6 * i, 11 + 6 * i) for i in range(7)))  # tokens [5, 47)
-    wide = Layout.build([video], sink_frames=1, block_frames=2)
-    no_sink = Layout.build([video], sink_frames=0, block_frames=3)
+    wide = _video_layout(sink_frames=1, block_frames=2)
+    no_sink = _video_layout(sink_frames=0, block_frames=3)
     text = Layout()
     batches = [
         ([wide], (0,), (50,)),
@@ -106,7 +103,7 @@ def sparse_cases(base: str) -> Any:
                 prefix_lens=prefix,
                 extend_lens=extend,
             )
-            fixture = _fixture(case)
+            fixture = _fixture(case, kernel)
             fixture.forward_batch.mm_inputs = [
                 None if layout is text else SimpleNamespace(pevlm=RequestLayout(layout, None))
                 for layout in layouts
@@ -121,8 +118,67 @@ def sparse_cases(base: str) -> Any:
             yield _error(actual, _kit().expected_dense_fixture_output(fixture))
 
 
-def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:
+def fp8_cases(base: str, kernel: str) -> Any:
+    """A video on an fp8 pool with scales, as SGLang's pool stores them."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    for page_size in (1, 16):
+        case = _kit().DenseAttentionCase(
+            name="pevlm",
+            backend=base,
+            forward_mode=ForwardMode.EXTEND,
+            num_heads=4,
+            num_kv_heads=2,
+            page_size=page_size,
+            prefix_lens=(0,),
+            extend_lens=(50,),
+        )
+        fixture = _fixture(case, kernel)
+        pool, layer = fixture.backend.token_to_kv_pool, fixture.actual_module.attn
+        fixture.backend.token_to_kv_pool = MHATokenToKVPool(
+            size=pool.size,
+            page_size=page_size,
+            dtype=torch.float8_e5m2,
+            head_num=2,
+            head_dim=HEAD_DIM,
+            layer_num=1,
+            device="cpu",
+            enable_memory_saver=False,
+            enable_alt_stream=False,
+        )
+        layer.k_scale, layer.v_scale = torch.tensor(0.37), torch.tensor(2.3)
+        layer.k_scale_float, layer.v_scale_float = 0.37, 2.3
+        layout = _video_layout(sink_frames=1, block_frames=2)
+        fixture.forward_batch.mm_inputs = [SimpleNamespace(pevlm=RequestLayout(layout, None))]
+        fixture.backend.init_forward_metadata(fixture.forward_batch)
+        actual = _forward(fixture)
+        scaled = fixture.backend.pevlm_stores_scaled
+
+        def stored(x: torch.Tensor, scale: float, scaled: bool = scaled) -> torch.Tensor:
+            factor = scale if scaled else 1.0
+            return (x / factor).to(torch.float8_e5m2).to(x.dtype) * factor
+
+        expected = _expected_sparse(fixture, [layout], stored)
+        yield _error(actual, expected)
+        assert _error(actual, _expected_sparse(fixture, [layout])) > 100 * TOLERANCE, "no rounding"
+
+
+def _video_layout(*, sink_frames: int, block_frames: int) -> Layout:
+    video = FrameSpans(tuple((5 + 6 * i, 11 + 6 * i) for i in range(7)))  # tokens [5, 47)
+    return Layout.build([video], sink_frames=sink_frames, block_frames=block_frames)
+
+
+def _expected_sparse(
+    fixture: Any,
+    layouts: list[Layout],
+    stored: Callable[[torch.Tensor, float], torch.Tensor] = lambda x, scale: x,
+) -> torch.Tensor:
+    """Args:
+    stored: a key or value as it comes back from the cache, given the layer's scale.
+    """
     case, module = fixture.case, fixture.actual_module
+    k_scale, v_scale = (getattr(module.attn, f"{x}_scale_float") or 1.0 for x in "kv")
     outputs = []
     inputs = fixture.input_hidden.split(case.extend_lens)
     for layout, past, new in zip(layouts, fixture.prefix_hidden, inputs, strict=True):
@@ -134,6 +190,7 @@ def _expected_sparse(fixture: Any, layouts: list[Any]) -> torch.Tensor:
         mask = torch.tensor(
             [[layout.visible(i, j) for j in range(length)] for i in range(len(past), length)]
         )
+        k, v = stored(k, k_scale), stored(v, v_scale)
         out = masked_attention(q[len(past) :], k, v, mask, softmax_scale=module.attn.scaling)
         outputs.append(module.o_proj(out.flatten(1)))
     return torch.cat(outputs)
@@ -152,9 +209,9 @@ class _NoSkip(unittest.TestCase):
         raise AssertionError(f"skipped: {reason}")
 
 
-def _fixture(case: Any) -> Any:
+def _fixture(case: Any, kernel: str = "auto") -> Any:
     from pevlm_sglang.bases import put_on
-    from pevlm_sglang.observe import Observer
+    from pevlm_sglang.support import attention_layers
 
     fixture = _kit().build_dense_attention_fixture(
         _NoSkip(),
@@ -166,7 +223,13 @@ def _fixture(case: Any) -> Any:
         loc_layout="shuffled_pages",
     )
     fixture.backend.is_multimodal = True  # the kit's model is text
-    put_on(fixture.backend, Observer(log=False, metrics=False))
+    put_on(
+        fixture.backend,
+        Observer(log=False, metrics=False),
+        layers=attention_layers(fixture.actual_module),
+        dtype=torch.float32,
+        kernel=kernel,
+    )
     return fixture
 
 
@@ -183,4 +246,4 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

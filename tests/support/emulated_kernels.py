@@ -1,4 +1,4 @@
-"""FlashAttention-3 and FlashInfer on the CPU: their interfaces, dense attention inside.
+"""FlashAttention, FlashInfer and TensorRT-LLM on the CPU: their interfaces, dense attention inside.
 
 What they read is what the real kernels read: page tables, lengths, slot lists. So SGLang's own
 backends run on them with PEVLM's metadata, on a machine without a GPU. They check arguments as the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,21 +218,63 @@ class PlannedPrefillWrapper:
         return out, lse
 
 
+def trtllm_batch_context_with_kv_cache(
+    *,
+    query: torch.Tensor,
+    kv_cache: tuple[torch.Tensor, torch.Tensor],
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cum_seq_lens_q: torch.Tensor,
+    bmm1_scale: float,
+    bmm2_scale: float,
+    causal: bool,
+    **_unused: Any,
+) -> torch.Tensor:
+    """FlashInfer's, on pages of ``[heads, page, dim]``."""
+    assert causal
+    assert bmm2_scale == 1
+    out = torch.full_like(query, torch.nan)
+    lengths_q = cum_seq_lens_q.diff().tolist()
+    for i, (n, m) in enumerate(zip(lengths_q, seq_lens.tolist(), strict=True)):
+        page_size = kv_cache[0].shape[2]
+        pages = block_tables[i, : -(-m // page_size)].long()
+        k, v = (part[pages].transpose(1, 2).flatten(0, 1)[:m] for part in kv_cache)
+        rows = slice(int(cum_seq_lens_q[i]), int(cum_seq_lens_q[i]) + n)
+        mask = _bottom_right_causal(n, m, True)
+        out[rows] = masked_attention(query[rows], k, v, mask, softmax_scale=bmm1_scale)
+    return out
+
+
+def install_pevlm_flash() -> None:
+    """Stand in for what ``pevlm_kernels`` imports of FlashAttention."""
+    from pevlm_kernels import flash, flash_merged, flash_paged
+
+    for module in (flash, flash_merged, flash_paged):
+        vars(module)["refusal"] = lambda *tensors: None
+    flash.varlen = lambda device: partial(flash._call, flash_attn_varlen_func, "return_lse")
+
+
 def install_flash_attention() -> None:
-    """Stand in for ``sgl_kernel``, which does not load without a GPU. Call before SGLang's backend
-    is imported."""
+    """Stand in for ``sgl_kernel`` and FlashAttention-3."""
+    module = _flash_attention_backend()
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
+    module.get_device_capability = lambda *args: (9, 0)
+    # SGLang's factory looks at the GPU before it constructs the backend.
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    ATTENTION_BACKENDS["fa3"] = module.FlashAttentionBackend
+
+
+def _flash_attention_backend() -> Any:
+    """SGLang's module, which imports ``sgl_kernel``, which does not load without a GPU."""
     kernel, flash = types.ModuleType("sgl_kernel"), types.ModuleType("sgl_kernel.flash_attn")
     kernel.merge_state_v2 = None  # type: ignore[attr-defined]
     for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata"):
         setattr(flash, name, None)
     sys.modules |= {"sgl_kernel": kernel, "sgl_kernel.flash_attn": flash}
-    from sglang.srt.layers.attention import flashattention_backend as module
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.layers.attention import flashattention_backend
 
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache
-    module.get_device_capability = lambda *args: (9, 0)
-    # SGLang's factory looks at the GPU before it constructs the backend.
-    ATTENTION_BACKENDS["fa3"] = module.FlashAttentionBackend
+    return flashattention_backend
 
 
 def install_flashinfer() -> None:
@@ -243,3 +286,40 @@ def install_flashinfer() -> None:
     module.BatchPrefillWithRaggedKVCacheWrapper = PagedPrefillWrapper
     module.BatchDecodeWithPagedKVCacheWrapper = PagedPrefillWrapper
     ATTENTION_BACKENDS["flashinfer"] = module.FlashInferAttnBackend
+
+
+def install_flash_attention_4() -> None:
+    """Stand in for SGLang's copy of FlashAttention-4."""
+    module = _flash_attention_backend()
+    from sglang.kernels.ops.attention import flash_attention_v4
+
+    flash_attention_v4.flash_attn_with_kvcache = flash_attn_with_kvcache
+    module.get_device_capability = lambda *args: (10, 0)
+
+
+def install_trtllm_mha() -> None:
+    """Stand in for what SGLang's backend calls of ``flashinfer`` on Blackwell."""
+    install_flashinfer()
+    from sglang.srt.layers.attention import trtllm_mha_backend as module
+
+    module.make_persistent_multi_ctas_kv_counter_buffer = lambda *args, **kwargs: None
+    prefill = types.SimpleNamespace(
+        trtllm_batch_context_with_kv_cache=trtllm_batch_context_with_kv_cache
+    )
+    module.flashinfer = types.SimpleNamespace(prefill=prefill)
+
+
+BASES = {
+    "fa3": install_flash_attention,
+    "fa4": install_flash_attention_4,
+    "flashinfer": install_flashinfer,
+    "trtllm_mha": install_trtllm_mha,
+}
+"""Base backends that run on emulated kernels."""
+
+
+def install(base: str) -> None:
+    """Stand in for all that a base backend needs, and PEVLM on it."""
+    if base in BASES:
+        BASES[base]()
+        install_pevlm_flash()

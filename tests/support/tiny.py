@@ -111,43 +111,59 @@ def make_tiny_model(
 
 
 def write_tokenizer(
-    directory: Path, text: str = TEXT, *, chat_template: str = CHAT_TEMPLATE
+    directory: Path,
+    text: str = TEXT,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    pieces: str | None = None,
 ) -> dict[str, int]:
     """A byte-level BPE of a few hundred tokens.
 
     Args:
         directory: of the model.
         text: whose words become tokens.
-        chat_template: in Jinja.
+        chat_template: in Jinja; None writes none.
+        special_tokens: the first pads.
+        pieces: regular expression of what a token never crosses; None is GPT-2's.
 
     Returns:
         All token ids.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pieces is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator([text] * 10, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
+    template = {} if chat_template is None else {"chat_template": chat_template}
     write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
             "model_max_length": MAX_POSITIONS,
-            "pad_token": "<|endoftext|>",
+            "pad_token": special_tokens[0],
             "eos_token": "<|im_end|>",
-            "chat_template": chat_template,
-            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            **template,
+            "additional_special_tokens": list(special_tokens[1:]),
         },
     )
-    write_json(directory / "chat_template.json", {"chat_template": chat_template})
+    if template:
+        write_json(directory / "chat_template.json", template)
     return dict(tokenizer.get_vocab())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pevlm_kernels.flashinfer import host_lists
 from pevlm_sglang.backend import PevlmBackend
 from pevlm_sglang.plan import VirtualSequence
 from pevlm_sglang.support import UnsupportedError
@@ -39,14 +40,23 @@ class PevlmFlashInfer(PevlmBackend):
         paged = type(self.prefill_wrappers_paged[0])
         self._pevlm_wrapper = paged(self.workspace_buffer, "NHD", backend=self.prefill_backend)
 
-    def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
+    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
+        """A prediction; nothing of it was measured. FlashInfer plans the same virtual sequences
+        itself, so nothing is gained but on data-centre Blackwell (sm_100 to sm_110): its paged
+        kernel for pages of one token is Ampere's there, and FlashAttention-4 is written for that
+        GPU's tensor cores."""
+        blackwell = capability is not None and capability[0] in (10, 11)
+        return ("flash", "base") if blackwell else ("base",)
+
+    def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         plan = self.pevlm_build(sequences, forward_batch)
         updater = self.indices_updater_prefill
+        cu_seqlens_q, cu_seqlens_k, last_page_len = host_lists(plan)
         self._pevlm_wrapper.begin_forward(
-            plan.cu_seqlens_q,
-            plan.cu_seqlens_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
             plan.kv_indices.to(torch.int32),
-            torch.ones(plan.num_seqs, dtype=torch.int32, device=plan.kv_indices.device),
+            last_page_len,
             updater.num_qo_heads,
             updater.num_kv_heads,
             updater.head_dim,

@@ -12,22 +12,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.backend import PevlmBackend
-from pevlm_sglang.plan import VirtualSequence, cumulative, gather_slots
+from pevlm_sglang.plan import VirtualSequence, slot_lists
 
 
 class PevlmTriton(PevlmBackend):
     """Mixin for ``TritonAttnBackend``."""
 
-    def pevlm_plan(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
+    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
+        """A prediction; nothing of it was measured. SGLang's kernel walks cached and new keys in
+        two loops, with tiles that fit every GPU; PEVLM's walks them in one, starts the longest
+        programs first and has tiles for each generation."""
+        return ("triton", "base")
+
+    def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         metadata = self.forward_metadata
-        req_to_token = self.req_to_token
         lengths = [s.piece.num_queries for s in sequences]
-        cached = [s.piece.num_keys - n for s, n in zip(sequences, lengths, strict=True)]
-        metadata.qo_indptr = cumulative(lengths, req_to_token.device).to(metadata.qo_indptr.dtype)
-        metadata.kv_indptr = cumulative(cached, req_to_token.device).to(metadata.kv_indptr.dtype)
-        metadata.kv_indices = gather_slots(
-            ((s.row, key_range) for s in sequences for key_range in s.piece.keys_before_start()),
-            req_to_token,
+        lists = slot_lists(
+            lengths,
+            [(s.row, s.piece.keys_before_start()) for s in sequences],
+            self.req_to_token,
             forward_batch.req_pool_indices,
-        ).to(metadata.kv_indices.dtype)
+        )
+        metadata.qo_indptr = lists.cu_seqlens_q.to(metadata.qo_indptr.dtype)
+        metadata.kv_indptr = lists.cu_seqlens_k.to(metadata.kv_indptr.dtype)
+        metadata.kv_indices = lists.kv_indices.to(metadata.kv_indices.dtype)
         metadata.max_extend_len = max(lengths)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from support.tiny import write_json, write_tokenizer
+
 SIZE = 448  # pixels a side of a tile
 TOKENS = 16  # of a tile: 8 x 8 patches, of which four become one
 CONTEXT = "<IMG_CONTEXT>"
@@ -53,7 +55,9 @@ def make_tiny_model(
     if finished.exists() and json.loads(finished.read_text()) == settings:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    token_ids = write_tokenizer(directory)
+    token_ids = write_tokenizer(
+        directory, _CORPUS, chat_template=None, special_tokens=SPECIAL_TOKENS, pieces=_PIECES
+    )
     model = _reference_model(token_ids, moe)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -66,39 +70,6 @@ def make_tiny_model(
     _write_published(directory, model, moe)
     finished.write_text(json.dumps(settings))
     return directory
-
-
-def write_tokenizer(directory: Path) -> dict[str, int]:
-    """A byte-level BPE of a few hundred tokens that splits as Qwen's; returns all token ids."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_CORPUS] * 10, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "model_max_length": 40960,
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        },
-    )
-    return dict(tokenizer.get_vocab())
 
 
 def _reference_model(token_ids: dict[str, int], moe: bool) -> Any:
@@ -177,7 +148,7 @@ def _write_published(directory: Path, model: Any, moe: bool) -> None:
 
     text = model.config.text_config.to_dict()
     text |= {"architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"]}
-    _write_json(
+    write_json(
         directory / "config.json",
         {
             "architectures": ["InternVLChatModel"],
@@ -252,7 +223,3 @@ def _experts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
                 (f"{prefix}.{i}.up_proj.weight", up),
             ]
     return parts
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2))

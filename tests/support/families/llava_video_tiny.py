@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.tiny import write_json, write_tokenizer
 
 PLACEHOLDER_ID = 151646  # of the published configuration; the tokenizer does not know it
 CHAT_TEMPLATE = (  # of the published tokenizer: text alone
@@ -19,6 +19,7 @@ CHAT_TEMPLATE = (  # of the published tokenizer: text alone
 IMAGE_SIDE, PATCH = 70, 14  # 5 features a side of a frame, pooled to 3: odd, as published
 TOWER = "google-siglip"
 
+_CORPUS = "system user assistant You are a helpful assistant. What happens in the video?"
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _PREPROCESSOR = {
     "do_convert_rgb": None,
@@ -68,7 +69,9 @@ def make_tiny_model(
     if (directory / "model.safetensors").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(directory)
+    vocabulary = len(
+        write_tokenizer(directory, _CORPUS, chat_template=CHAT_TEMPLATE, special_tokens=_SPECIAL)
+    )
     generator = torch.Generator().manual_seed(seed)
     tower = SiglipVisionModel(
         SiglipVisionConfig(
@@ -82,7 +85,7 @@ def make_tiny_model(
     )
     _randomize(tower, generator, weight_std)
     tower.save_pretrained(directory / TOWER)
-    _write(directory / TOWER / "preprocessor_config.json", _PREPROCESSOR)
+    write_json(directory / TOWER / "preprocessor_config.json", _PREPROCESSOR)
     _randomize(tower, generator, weight_std)  # the checkpoint's own: the tower is fine-tuned
     text = {
         "hidden_size": hidden_size,
@@ -110,7 +113,7 @@ def make_tiny_model(
         weights[f"model.mm_projector.{i}.weight"] = torch.randn(size, generator=generator) * 0.2
         weights[f"model.mm_projector.{i}.bias"] = torch.randn(hidden_size, generator=generator)
     weights["model.image_newline"] = torch.randn(hidden_size, generator=generator)
-    _write(
+    write_json(
         directory / "config.json",
         text
         | {
@@ -148,35 +151,3 @@ def _randomize(model: Any, generator: torch.Generator, std: float) -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=std, generator=generator)
-
-
-def _write_tokenizer(directory: Path) -> int:
-    """A byte-level BPE of a few hundred tokens; returns how many."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    corpus = "system user assistant You are a helpful assistant. What happens in the video?"
-    tokenizer.train_from_iterator([corpus] * 10, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "model_max_length": 32768,
-        "pad_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
-        "chat_template": CHAT_TEMPLATE,
-        "additional_special_tokens": list(_SPECIAL[1:]),
-    }
-    _write(directory / "tokenizer_config.json", settings)
-    return int(tokenizer.get_vocab_size())
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2))

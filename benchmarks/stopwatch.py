@@ -1,0 +1,152 @@
+"""A plugin of SGLang for the benchmarks' own servers: where the time of a request goes.
+
+``install`` writes the entry point that SGLang looks for into a folder, for the PYTHONPATH of a
+server. In the launcher the plugin times video decoding and all of the preparation of a request, in
+the scheduler the forwards that prefill and the attention inside them: by the clock on a CPU,
+between CUDA events on a GPU. ``/server_info`` then has the totals under ``internal_states[0]
+["stopwatch"]``, in seconds:
+
+- ``decode``: opening videos and decoding the frames that were sampled.
+- ``prepare``: from a request's arrival in the tokenizer process to its token ids and pixels;
+  decoding is in it.
+- ``forward``: the prefill's forwards, metadata and vision tower among it.
+- ``attention``: the language model's layers of attention, writing keys and values among it.
+
+Nothing of it is part of the product.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+KEY = "stopwatch"
+MODULE = "pevlm_stopwatch"
+_DECODER = "sglang.srt.utils.video_decoder.VideoDecoderWrapper"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+
+def install(folder: Path) -> Path:
+    """Write this file and its entry point.
+
+    Returns:
+        ``folder``, for PYTHONPATH.
+    """
+    info = folder / f"{MODULE}-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(__file__, folder / f"{MODULE}.py")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{MODULE} = {MODULE}:register\n")
+    return folder
+
+
+class _Clock:
+    """Seconds by name, of blocks that may run in several threads."""
+
+    def __init__(self) -> None:
+        self.seconds = {"decode": 0.0, "prepare": 0.0}
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[name] += seconds
+
+    @contextmanager
+    def outermost(self, name: str) -> Iterator[None]:
+        """Time the block, unless one of this thread is being timed: functions call each other."""
+        if getattr(self._inside, "yes", False):
+            yield
+            return
+        self._inside.yes = True
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside.yes = False
+            self.add(name, time.perf_counter() - start)
+
+
+_clock = _Clock()
+_forward: Any = None
+_attention: Any = None
+_totals = {"forward": 0.0, "attention": 0.0}
+
+
+def register() -> None:
+    """SGLang's entry point, in each of its processes."""
+    global _forward, _attention
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from pevlm_sglang.timing import DeviceTimer
+
+    _forward, _attention = DeviceTimer(), DeviceTimer()
+    for target, hook in {
+        f"{_DECODER}.__init__": _timed_decode,
+        f"{_DECODER}.get_frames_at": _timed_decode,
+        f"{_DECODER}.get_frames_as_tensor": _timed_decode,
+        f"{_MANAGER}._tokenize_one_request": _timed_preparation,
+        f"{_MANAGER}.get_internal_state": _with_launchers_times,
+        "sglang.srt.model_executor.model_runner.ModelRunner.forward": _timed_forward,
+        "sglang.srt.layers.radix_attention.RadixAttention.forward": _timed_attention,
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _with_schedulers_times,
+    }.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def _timed_decode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _clock.outermost("decode"):
+        return original(*args, **kwargs)
+
+
+async def _timed_preparation(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    start = time.perf_counter()
+    result = await original(*args, **kwargs)
+    _clock.add("prepare", time.perf_counter() - start)
+    return result
+
+
+async def _with_launchers_times(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    states = await original(*args, **kwargs)
+    states[0][KEY] |= _clock.seconds
+    return states
+
+
+def _timed_forward(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    import torch
+
+    if not forward_batch.forward_mode.is_extend():
+        return original(runner, forward_batch, *args, **kwargs)
+    with _forward.measure(torch.device(runner.device)):
+        return original(runner, forward_batch, *args, **kwargs)
+
+
+def _timed_attention(
+    original: Callable[..., Any],
+    layer: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    forward_batch: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not forward_batch.forward_mode.is_extend():
+        return original(layer, q, k, v, forward_batch, *args, **kwargs)
+    with _attention.measure(q.device):
+        return original(layer, q, k, v, forward_batch, *args, **kwargs)
+
+
+def _with_schedulers_times(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    output = original(*args, **kwargs)
+    _totals["forward"] += _forward.take()
+    _totals["attention"] += _attention.take()
+    output.internal_state[KEY] = dict(_totals)
+    return output

@@ -1,0 +1,1 @@
+"""``pevlm tune``: which setting of PEVLM a video question set can bear."""
