@@ -81,7 +81,7 @@ def write(directory: Path, lines: Sequence[Row]) -> None:
                 "answer": letter,
                 "domain": "Knowledge",
                 "duration": ("short", "medium", "long")[number % 3],
-                "task_type": "Counting",
+                "task_type": "Counting Problem",
                 "sub_category": "Law",
             }
         )
@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--questions", type=int, default=8, help="a benchmark (default: 8)")
     chosen = parser.parse_args()
+    if chosen.directory.exists():  # lmms-eval would use what it has cached there
+        parser.error(f"expected a directory that does not exist yet, got {chosen.directory}")
     lines = [json.loads(line) for line in (VIDEOS / "questions.jsonl").read_text().splitlines()]
     write(chosen.directory, lines[:: max(1, len(lines) // chosen.questions)][: chosen.questions])
     print(chosen.directory)

@@ -33,7 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lmms import routes
 from lmms.columns import BENCHMARKS, PAPER
-from lmms.table import METHODS, RUN, RunError, as_json, check_counters, collect, render
+from lmms.table import (
+    METHODS,
+    RUN,
+    RunError,
+    as_json,
+    check_counters,
+    collect,
+    read_samples,
+    render,
+)
 
 from support.server import DEFAULT_ENV, DEFAULT_FLAGS, Server
 
@@ -115,6 +124,7 @@ def evaluate(options: argparse.Namespace, method: str, name: str, target: Target
         raise RunError(
             f"lmms-eval: expected status 0, got {done.returncode}; its log ends:\n{tail}"
         )
+    read_samples(output, BENCHMARKS[name])  # lest an error is found only hours later
     after = target.info()
     counted = {key: count - before.get(key, 0) for key, count in counters(after).items()}
     check_counters(method, name, counted)

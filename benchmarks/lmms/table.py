@@ -80,7 +80,10 @@ def read_samples(directory: Path, benchmark: Benchmark) -> dict[tuple[str, str],
     for task in benchmark.tasks:
         logs = sorted(directory.rglob(f"*_samples_{task}.jsonl"))
         if len(logs) != 1:
-            raise RunError(f"{directory}: expected one log of lmms-eval's {task}, got {len(logs)}")
+            raise RunError(
+                f"{directory}: expected one log of lmms-eval's {task}, got {len(logs)}; it ends "
+                "with status 0 after an error too, see lmms_eval.log there"
+            )
         for line in logs[0].read_text().splitlines():
             sample = json.loads(line)
             responses = str(sample["filtered_resps"])
