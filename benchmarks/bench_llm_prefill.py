@@ -24,7 +24,7 @@ The program ends with 1 if a gate is red, or if PEVLM was not sparse at the long
 never the longer one. Prompts without one are full attention on both sides: what differs there is
 noise.
 
-Sample output, on two cores that others were using too:
+Sample output, on two cores that others were using too. Hugging Face's path:
 
   tokens  visible   full: attention    other    total   pevlm: attention    other    total speed-up
      512    1.000             0.077    0.212    0.289              0.055    0.213    0.268    1.08x
@@ -33,6 +33,15 @@ Sample output, on two cores that others were using too:
     4096    0.235             2.023    1.173    3.197              0.727    1.024    1.751    1.83x
     8192    0.121             5.366    1.906    7.273              1.082    1.504    2.586    2.81x
     crossover: 2048 tokens
+
+SGLang's:
+
+     591    1.000             0.023    0.041    0.064              0.023    0.044    0.067    0.96x
+    1151    1.000             0.067    0.108    0.174              0.082    0.119    0.201    0.87x
+    2271    1.000             0.248    0.193    0.441              0.171    0.145    0.316    1.40x
+    4511    0.630             1.123    0.535    1.658              0.777    0.432    1.209    1.37x
+    8991    0.348             4.442    1.154    5.596              1.591    1.233    2.824    1.98x
+    crossover: 4511 tokens
 """
 
 from __future__ import annotations
