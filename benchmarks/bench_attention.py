@@ -10,10 +10,11 @@ Three sweeps: over lengths, over models at 100k tokens, and the paper's, over si
 at 100k tokens. In each cell all peers run one after the other on the same tensors; a time is the
 median of the calls within 0.4 s (a quarter of a second in the last two sweeps), on a GPU between
 CUDA events, after one that is not counted; where a call takes longer, it is the time of one. On a
-CPU it is the shortest, since what others run there only ever adds. Plans are built in the first
-call, as a model builds them for its first layer. Each release of FlashAttention that knows the GPU
-is a peer of its own. The last two sweeps, and lengths beyond 200k, take what was fastest at 100k
-tokens: one full attention, and of the sparse ones the best three.
+CPU it is the shortest, of processor time in one thread, since what others run there only ever adds.
+Plans are built in the first call, as a model builds them for its first layer. Each release of
+FlashAttention that knows the GPU is a peer of its own. The last two sweeps, and lengths beyond
+200k, take what was fastest at 100k tokens: one full attention, and of the sparse ones the best
+three.
 
 - A gate comes first: rows of every output, at the same length, against the definition in fp64. An
   error above twice that of plain PyTorch has no time in the table, and the program ends with 1.
@@ -29,19 +30,16 @@ tokens: one full attention, and of the sparse ones the best three.
   drift of the time per pair, which no arithmetic excuses. On a CPU, benchmarks/linear.py measures
   these with care.
 
-Sample output, on two cores that others were using too, which blurs every ratio:
+Sample output of ``--quick``, on two cores that others kept six times as busy as they are:
 
     model    tokens sink block  kernel                      ms  TFLOP/s speed-up of the ratio
-    tiny             1024    -     -  torch flash              21.78     0.02
-    tiny             1024   16    16  pevlm sdpa               53.92     0.01    0.40x         30%
-    tiny             2048    -     -  torch flash             135.70     0.02
-    tiny             2048   16    16  pevlm sdpa              106.48     0.01    1.27x         56%
-    tiny             4096    -     -  torch flash             408.95     0.02
-    tiny             4096   16    16  pevlm sdpa              205.95     0.01    1.99x         47%
-    tiny             8192    -     -  torch flash            2605.96     0.01
-    tiny             8192   16    16  pevlm sdpa              524.57     0.01    4.97x         60%
-    tiny            16384    -     -  torch flash            6674.73     0.02
-    tiny            16384   16    16  pevlm sdpa              961.19     0.01    6.94x         43%
+    tiny             1024    -     -  torch flash               6.71     0.08
+    tiny             1024   16    16  pevlm sdpa                6.76     0.06    0.99x         75%
+    tiny             2048    -     -  torch flash              22.12     0.10
+    tiny             2048   16    16  pevlm sdpa               14.82     0.06    1.49x         65%
+    tiny             4096    -     -  torch flash              79.73     0.11
+    tiny             4096   16    16  pevlm sdpa               36.81     0.05    2.17x         51%
+    drift of pevlm sdpa: time per token 3.2%, pairs per token 3.3%, time per pair 0.1%
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ from typing import Any, NamedTuple
 import torch
 from gate import worst_ratio
 from linear import drift_of, measure_linear
-from machine import card, one_call, seconds, summary, write_json
+from machine import card, one_call, one_thread, seconds, summary, write_json
 from peers import Attention, dense_peers, missing, release_of, sparse_peers
 from workload import MODELS, TOKENS_PER_FRAME, Prompt, Shape, flops
 
@@ -280,6 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        one_thread()
     about = card(device)
     print(summary(about))
     bench = Bench(device, dtype, options.budget, quick=options.quick)

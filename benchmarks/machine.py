@@ -53,6 +53,18 @@ def card(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def one_thread() -> None:
+    """For a benchmark on a CPU: where others run too, threads wait for each other at every small
+    operation, and two can be ten times slower than one. Call before :func:`card`, which says so."""
+    torch.set_num_threads(1)
+
+
+def clock() -> float:
+    """Seconds on a CPU: of the processor, in one thread, which waiting for others does not add to;
+    by the wall, in several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def summary(found: dict[str, Any]) -> str:
     """A card in two lines: versions, and the machine."""
     versions = [f"{name} {found[name]}" for name in (*LIBRARIES, "python") if found[name]]
@@ -81,7 +93,7 @@ def seconds(
 
 
 def one_call(function: Callable[[], Any], device: torch.device) -> float:
-    """The time of one call: between CUDA events on a GPU, else by the clock."""
+    """The time of one call: between CUDA events on a GPU, else by :func:`clock`."""
     return (_cuda_seconds if device.type == "cuda" else _cpu_seconds)(function)
 
 
@@ -106,9 +118,9 @@ def _cuda_seconds(function: Callable[[], Any]) -> float:
 
 
 def _cpu_seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _cpu_name() -> str:
