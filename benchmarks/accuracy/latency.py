@@ -76,7 +76,7 @@ class Workload:
 
 WORKLOADS = {
     "short": Workload(HELD_OUT_SCENES, FPS, TASKS, videos=20, each=1),
-    "long": Workload((1024,), 8 * FPS, ("code", "find"), videos=12, each=3),
+    "long": Workload((1024,), 8 * FPS, ("code", "find"), videos=16, each=3),
 }
 MOST_TEXT = 64  # tokens of a prompt beside its video
 QUANTILES = (0.9, 0.5, 0.1)  # of full attention's latencies: the limits
@@ -252,7 +252,7 @@ def result(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--videos", type=int, help="of each length (default: 20 short, 12 long)")
+    parser.add_argument("--videos", type=int, help="of each length (default: 20 short, 16 long)")
     parser.add_argument("--output", type=Path, default=RESULTS / "latency.json")
     options = parser.parse_args()
     found: dict[str, Any] = {"settings": SETTINGS, "workloads": {}}
