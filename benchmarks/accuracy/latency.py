@@ -12,7 +12,7 @@ latency and its text are of one and the same request.
 
 Two workloads. ``short``: the held-out videos of ``evaluate.py``, all tasks; prompts of some 200
 tokens. ``long``: held-out videos of 1024 scenes, each an eighth of a second long, so that M-RoPE's
-positions, which count seconds, stay within those of the training; some 4100 tokens, at which
+positions, which count seconds, stay near those of the training (256 against 112); 4100 tokens, where
 attention counts. No other task than ``code`` and ``find`` was asked there: on videos of the split
 for examples, full attention answered these two at that length and the others not.
 
