@@ -12,9 +12,9 @@ latency and its text are of one and the same request.
 
 Two workloads. ``short``: the held-out videos of ``evaluate.py``, all tasks; prompts of some 200
 tokens. ``long``: held-out videos of 1024 scenes, each an eighth of a second long, so that M-RoPE's
-positions, which count seconds, stay near those of the training (256 against 112); 4100 tokens, where
-attention counts. No other task than ``code`` and ``find`` was asked there: on videos of the split
-for examples, full attention answered these two at that length and the others not.
+positions, which count seconds, stay near those of the training (256 against 112); 4100 tokens, so
+that attention counts. Only ``code`` and ``find`` are asked there: on videos of the split for
+examples, full attention answered these two at that length and the others not.
 
 The limits are the 90 %, 50 % and 10 % quantiles of full attention's own latencies in the same
 workload, a rule that was fixed before the first run: at the middle one, full attention loses half
