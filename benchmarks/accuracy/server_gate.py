@@ -58,9 +58,9 @@ from support.video import video_data_url
 
 FRAMES = 16  # of the sink and of a block
 SCENES = 32
-NATURAL, EDGE = 16, 16  # videos
+NATURAL, EDGE = 32, 16  # videos
 EACH = 3  # questions a task and natural video, where it allows them
-MEAN_MARGIN, GROUP_MARGIN, MIN_SKILL = 0.05, 0.15, 0.3
+MEAN_MARGIN, GROUP_MARGIN, MIN_SKILL = 0.07, 0.15, 0.3
 FULL: dict[str, Any] = {"enabled": False}
 PEVLM: dict[str, Any] = {"enabled": True, "sink_frames": FRAMES, "block_frames": FRAMES}
 SERVER_FLAGS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
