@@ -16,12 +16,12 @@ Sample output, on 2 cores that five other jobs were using too; a line of JSON fo
     starting the server of the small trained model (about a minute) ...
 
     question                          right answer          full attention                 PEVLM
-    Code?                             32                     32     0.15 s         32     0.17 s
-    Place of triangle?                northeast       northeast     0.11 s  northeast     0.11 s
-    Place before diamond?             northeast       northeast     0.10 s  northeast     0.14 s
-    arrow or diamond first?           arrow               arrow     0.10 s      arrow     0.11 s
-    Place of last ring?               southwest       southwest     0.08 s  southwest     0.09 s
-    Colour ten seconds ago?           white               white     0.09 s      white     0.11 s
+    Code?                             32                     32     0.10 s         32     0.10 s
+    Place of triangle?                northeast       northeast     0.14 s  northeast     0.10 s
+    Place before diamond?             northeast       northeast     0.09 s  northeast     0.11 s
+    arrow or diamond first?           arrow               arrow     0.09 s      arrow     0.10 s
+    Place of last ring?               southeast       southeast     0.10 s  southeast     0.08 s
+    Colour ten seconds ago?           white               white     0.10 s      white     0.10 s
 
     all right, and the same; 186 tokens, 4 context blocks
 
