@@ -28,6 +28,7 @@ Sample output, on two cores of a virtual machine that others kept busier than it
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import time
 from collections.abc import Iterable
@@ -124,6 +125,7 @@ def _rows(lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print(summary(card(torch.device("cpu"))))
     rows = measure_linear()
     print(f"{'tokens':>8}{'ns a token':>12}{'pairs a token':>15}{'ns a pair':>11}")
