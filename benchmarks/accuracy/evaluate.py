@@ -135,19 +135,36 @@ def by_length(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> dict
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(doc: str, output: Path) -> argparse.Namespace:
+    """The options of a script that asks about held-out videos.
+
+    Args:
+        doc: its docstring.
+        output: where its JSON goes by default.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--videos", type=int, default=100, help="of each length")
     parser.add_argument("--each", type=int, default=3, help="questions a task and video")
-    parser.add_argument("--output", type=Path, default=RESULTS / "held_out.json")
-    options = parser.parse_args()
-    methods = all_methods()
+    parser.add_argument("--output", type=Path, default=output)
+    return parser.parse_args()
+
+
+def ask_held_out(
+    options: argparse.Namespace, methods: Mapping[str, Method]
+) -> tuple[Reader, list[Case], list[dict[str, Any]]]:
+    """The reader, the held-out videos, and :func:`evaluate`'s rows."""
     torch.set_num_threads(THREADS)
     reader = Reader(options.model)
     with tempfile.TemporaryDirectory() as work:
         cases = held_out(reader, options.videos, options.each, Path(work))
-    rows = evaluate(reader, cases, methods)
+    return reader, cases, evaluate(reader, cases, methods)
+
+
+def main() -> None:
+    options = parse(__doc__, RESULTS / "held_out.json")
+    methods = all_methods()
+    _, cases, rows = ask_held_out(options, methods)
     answers = Answers.of(rows, [*methods])
     result: dict[str, Any] = {
         "card": card(

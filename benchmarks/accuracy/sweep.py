@@ -12,25 +12,21 @@ frames, stand beside those in frames: two tokens fewer than each, half a frame p
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy.answers import Answers, write
-from accuracy.card import MODEL, RESULTS, card
+from accuracy.card import RESULTS, card
 from accuracy.claims import Claim, better, tested
 from accuracy.dataset import HELD_OUT_SCENES
-from accuracy.evaluate import by_length, evaluate
+from accuracy.evaluate import ask_held_out, by_length, parse
 from accuracy.methods import Method, full, pevlm
 from accuracy.model import STEP_TOKENS
-from accuracy.reader import THREADS, Reader, held_out
+from accuracy.reader import Reader
 
 FRAMES_PER_STEP = 2
 SINKS = (0, 2, 4, 8, 16)  # sampled frames
@@ -103,18 +99,9 @@ def visible_fraction(reader: Reader, scenes: int, method: Method) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--videos", type=int, default=100, help="of each length")
-    parser.add_argument("--each", type=int, default=3, help="questions a task and video")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
-    options = parser.parse_args()
+    options = parse(__doc__, RESULTS / "sweep.json")
     methods = settings()
-    torch.set_num_threads(THREADS)
-    reader = Reader(options.model)
-    with tempfile.TemporaryDirectory() as work:
-        cases = held_out(reader, options.videos, options.each, Path(work))
-    rows = evaluate(reader, cases, methods)
+    reader, cases, rows = ask_held_out(options, methods)
     result: dict[str, Any] = {
         "card": card(options.model, videos=len(cases), questions=len(rows)),
         "sinks": SINKS,
