@@ -72,10 +72,10 @@ from pevlm_kernels import PrefillPlan
 from pevlm_kernels.flash_merged import _own_parts, _shared_parts
 from pevlm_kernels.flash_paged import token_table
 from pevlm_sglang import huggingface
-from pevlm_sglang.backend import PevlmBackend
+from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.layout import FrameSpans, Layout
-from pevlm_sglang.observe import Observer, RequestLayout
-from pevlm_sglang.support import UnsupportedError
+from pevlm_sglang.observe.observer import Observer, RequestLayout
+from pevlm_sglang.settings.refusals import UnsupportedError
 
 LENGTH, CHUNK = 100_000, 8_192
 CPU_SHARE_LENGTH, CPU_TOKENS_PER_FRAME = 8_192, 16
@@ -309,8 +309,8 @@ def init_seconds(base: str, device: torch.device, observer: Observer) -> tuple[f
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from sglang.test.kits.attention_unittest.attention_methods import dense_attention as kit
 
-    from pevlm_sglang.bases import put_on
-    from pevlm_sglang.support import attention_layers
+    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.settings.refusals import attention_layers
     from support import emulated_kernels
 
     if device.type == "cpu":

@@ -83,7 +83,7 @@ def register() -> None:
     global _forward, _attention
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pevlm_sglang.timing import DeviceTimer
+    from pevlm_sglang.observe.timing import DeviceTimer
 
     _forward, _attention = DeviceTimer(), DeviceTimer()
     for target, hook in {

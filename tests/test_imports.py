@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pevlm_kernels
-from pevlm_sglang import plan
+from pevlm_sglang.attention import plan
 
 GPU_LIBRARIES = ("triton", "flash_attn", "flash_attn_interface", "flashinfer", "sgl_kernel")
 KERNEL_MODULES = sorted(
@@ -48,24 +48,34 @@ def packages_with(*modules: str) -> set[str]:
             ("torch", "numpy", "sglang", "pevlm_kernels", "yaml"),
             id="layout",
         ),
-        pytest.param(("pevlm_sglang.config",), ("torch", "sglang", "pevlm_kernels"), id="config"),
         pytest.param(
-            ("pevlm_sglang.frames", "pevlm_sglang.families", "pevlm_sglang.families.qwen_vl"),
+            ("pevlm_sglang.settings.config",), ("torch", "sglang", "pevlm_kernels"), id="config"
+        ),
+        pytest.param(
+            (
+                "pevlm_sglang.families.spans",
+                "pevlm_sglang.families",
+                "pevlm_sglang.families.qwen_vl.spans",
+            ),
             ("torch", "sglang", "transformers", "pevlm_kernels"),
             id="frames and families",
         ),
         pytest.param(
-            ("pevlm_sglang.arguments", "pevlm_sglang.support"),
+            ("pevlm_sglang.settings.flags", "pevlm_sglang.settings.refusals"),
             ("torch", "sglang", "prometheus_client"),
             id="arguments",
         ),
         pytest.param(
-            ("pevlm_sglang.plan", "pevlm_sglang.observe", "pevlm_sglang.requests"),
+            (
+                "pevlm_sglang.attention.plan",
+                "pevlm_sglang.observe.observer",
+                "pevlm_sglang.requests",
+            ),
             ("sglang", "prometheus_client", *GPU_LIBRARIES),
             id="plan",
         ),
         pytest.param(
-            ("pevlm_sglang.cli",), ("torch", "sglang", "requests", "numpy", "tqdm"), id="cli"
+            ("pevlm_sglang.tools.cli",), ("torch", "sglang", "requests", "numpy", "tqdm"), id="cli"
         ),
         pytest.param(
             ("pevlm_sglang.tune.client",),
@@ -93,7 +103,7 @@ def test_layout_needs_the_standard_library_alone() -> None:
 
 
 def test_yaml_is_the_only_package_that_config_may_need() -> None:
-    packages = packages_with("pevlm_sglang.config")
+    packages = packages_with("pevlm_sglang.settings.config")
     assert packages - sys.stdlib_module_names <= {"pevlm_sglang", "yaml"}
 
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_frames import RULE, image, item, video
 
-from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.frames import Prompt
+from families.test_spans import RULE, image, item, video
+from pevlm_sglang.families.spans import Prompt
 from pevlm_sglang.layout import Layout
-from pevlm_sglang.observe import RequestLayout
+from pevlm_sglang.observe.observer import RequestLayout
 from pevlm_sglang.requests import lay_out, on_created, on_queued
+from pevlm_sglang.settings.config import PevlmConfig
 
 SERVER = PevlmConfig(sink_frames=2, block_frames=2)
 TAG = f"pevlm:{SERVER.cache_namespace}|"

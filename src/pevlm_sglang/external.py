@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pevlm_sglang.families.longvila import ARCHITECTURES
+from pevlm_sglang.families.longvila.spans import ARCHITECTURES
 
 
 def register_checkpoints() -> None:
@@ -20,7 +20,12 @@ def register_checkpoints() -> None:
     from sglang.srt.utils.hf_transformers.common import _CONFIG_REGISTRY
     from transformers import AutoConfig, AutoTokenizer
 
-    from pevlm_sglang.checkpoints.vila import MODEL_TYPE, VilaConfig, VilaProcessor, VilaTokenizer
+    from pevlm_sglang.families.longvila.checkpoint import (
+        MODEL_TYPE,
+        VilaConfig,
+        VilaProcessor,
+        VilaTokenizer,
+    )
 
     AutoConfig.register(MODEL_TYPE, VilaConfig, exist_ok=True)
     AutoTokenizer.register(VilaConfig, VilaTokenizer, exist_ok=True)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from pevlm_kernels import PrefillPlan, packed_plan, pevlm_prefill
+from pevlm_sglang.attention.plan import build_plan, virtual_sequences
 from pevlm_sglang.layout import FrameSpans, Layout
-from pevlm_sglang.plan import build_plan, virtual_sequences
 
 NAME = "pevlm"
 

@@ -24,13 +24,13 @@ from pevlm_sglang import (
     support,
     vision,
 )
-from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.frames import SpanRule
+from pevlm_sglang.families.llava_video.loading import load_processor
+from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.observe import Observer
-from pevlm_sglang.processors import video_url
-from pevlm_sglang.processors.loading import load_processor
-from pevlm_sglang.support import UnsupportedError
+from pevlm_sglang.media import video_url
+from pevlm_sglang.observe.observer import Observer
+from pevlm_sglang.settings.config import PevlmConfig
+from pevlm_sglang.settings.refusals import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,9 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :meth:`pevlm_sglang.frames.SpanRule.of_model`,
-            :func:`pevlm_sglang.support.check_server_args` and
-            :func:`pevlm_sglang.processors.check_launch`.
+        UnsupportedError: see :meth:`pevlm_sglang.families.spans.SpanRule.of_model`,
+            :func:`pevlm_sglang.settings.refusals.check_server_args` and
+            :func:`pevlm_sglang.families.registry.check_launch`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
@@ -260,7 +260,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.runtime_context import get_parallel
 
-    from pevlm_sglang.bases import put_on
+    from pevlm_sglang.attention.bases import put_on
 
     parallel = get_parallel()
     first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica

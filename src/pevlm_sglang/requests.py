@@ -6,10 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.config import PevlmConfig
-from pevlm_sglang.frames import Prompt, SpanRule
+from pevlm_sglang.families.spans import Prompt, SpanRule
 from pevlm_sglang.layout import Layout
-from pevlm_sglang.observe import DISABLED, IMAGE_RUNS_OFF, NO_VIDEO, SHORT_VIDEO, RequestLayout
+from pevlm_sglang.observe.observer import (
+    DISABLED,
+    IMAGE_RUNS_OFF,
+    NO_VIDEO,
+    SHORT_VIDEO,
+    RequestLayout,
+)
+from pevlm_sglang.settings.config import PevlmConfig
 
 NAMESPACE = "pevlm:"
 

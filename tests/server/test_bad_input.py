@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server.conftest import FEW_TOKENS
 
+from server.conftest import FEW_TOKENS
 from support.server import Server
 from support.video import video_data_url
 

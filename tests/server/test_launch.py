@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from server.conftest import FEW_TOKENS
 
+from server.conftest import FEW_TOKENS
 from support.server import DEFAULT_ENV, DEFAULT_FLAGS, Server
 from support.video import video_data_url
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from accuracy.dataset import EXAMPLE, make_clip, write_questions
-from server.conftest import FEW_TOKENS, NO_EMBEDDING_CACHE
 
-from pevlm_sglang.cli import main
-from pevlm_sglang.config import PevlmConfig, resolve
+from pevlm_sglang.settings.config import PevlmConfig, resolve
+from pevlm_sglang.tools.cli import main
+from server.conftest import FEW_TOKENS, NO_EMBEDDING_CACHE
 from support.server import Server
 
 pytestmark = pytest.mark.server

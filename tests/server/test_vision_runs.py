@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pevlm_sglang.embeddings import ONE_RUN
+from pevlm_sglang.media.embeddings import ONE_RUN
 from support.exchange import IMAGE, SYSTEM, VIDEO, Exchange, Question, about, user
 from support.oracle import Setting
 

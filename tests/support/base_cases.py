@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pevlm_kernels.reference import masked_attention
+from pevlm_sglang.attention.plan import virtual_sequences
 from pevlm_sglang.layout import FrameSpans, Layout
-from pevlm_sglang.observe import Observer, RequestLayout
-from pevlm_sglang.plan import virtual_sequences
+from pevlm_sglang.observe.observer import Observer, RequestLayout
 from support import emulated_kernels
 
 HEAD_DIM = 32
@@ -210,8 +210,8 @@ class _NoSkip(unittest.TestCase):
 
 
 def _fixture(case: Any, kernel: str = "auto") -> Any:
-    from pevlm_sglang.bases import put_on
-    from pevlm_sglang.support import attention_layers
+    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.settings.refusals import attention_layers
 
     fixture = _kit().build_dense_attention_fixture(
         _NoSkip(),

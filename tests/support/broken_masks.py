@@ -49,7 +49,7 @@ def register() -> None:
 
 def _shifted(req: Any, rule: Any, layout: Any, *, steps: int) -> Any:
     """Every boundary, the sink's end and those of the blocks, some steps later."""
-    from pevlm_sglang.frames import Prompt
+    from pevlm_sglang.families.spans import Prompt
     from pevlm_sglang.layout import Layout
 
     config, prompt = req.pevlm_config, Prompt(req.origin_input_ids, req.tokenizer)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from pevlm_sglang.config import PevlmConfig
+from pevlm_sglang.settings.config import PevlmConfig
 
 
 class Processor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pevlm_sglang.cli import main
+from pevlm_sglang.tools.cli import main
 from support.fake_server import FakeServer
 
 COLOURS = ("red", "green", "blue")

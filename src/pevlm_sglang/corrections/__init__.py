@@ -5,9 +5,9 @@ from __future__ import annotations
 import pkgutil
 from typing import Any
 
-from pevlm_sglang.support import UnsupportedError
+from pevlm_sglang.settings.refusals import UnsupportedError
 
-_MODELS = {"LlavaQwenForCausalLM": "pevlm_sglang.corrections.llava_video:LlavaQwenForCausalLM"}
+_MODELS = {"LlavaQwenForCausalLM": "pevlm_sglang.families.llava_video.model:LlavaQwenForCausalLM"}
 """Architecture → the class to use in place of SGLang's, as ``module:name``."""
 
 

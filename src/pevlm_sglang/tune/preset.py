@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.config import PevlmConfig, resolve
+from pevlm_sglang.settings.config import PevlmConfig, resolve
 from pevlm_sglang.tune.points import Setting
 
 PRESET_FILE = "preset.yaml"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.config import PevlmConfig
+from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.tune.client import Answer, Client, ServerError, Work
 from pevlm_sglang.tune.points import FULL, Point, Points, Setting
 from pevlm_sglang.tune.questions import Question
@@ -130,7 +130,10 @@ def _measure(client: Client, setting: Setting, question: Question, max_tokens: i
 
 def _problem(setting: Setting, answer: Answer, work: Work) -> str | None:
     """Why a request was not what its point is meant to be."""
-    from pevlm_sglang.observe import GLOBAL_TOKEN, SHORT_VIDEO  # imports torch, seconds of a start
+    from pevlm_sglang.observe.observer import (  # imports torch, seconds of a start
+        GLOBAL_TOKEN,
+        SHORT_VIDEO,
+    )
 
     if not work.is_whole_prompt(answer.prompt_tokens):
         return (

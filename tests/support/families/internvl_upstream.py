@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from pevlm_sglang.processors.internvl_frames import Published, tile_layout
+from pevlm_sglang.families.internvl.tiles import Published, tile_layout
 from support.isolated import run_module
 from support.processor import Processor, sglang_processor
 
@@ -34,7 +34,7 @@ def processor(
     from sglang.srt.multimodal.processors import internvl as upstream_module
     from transformers import AutoTokenizer
 
-    from pevlm_sglang.processors import internvl as module
+    from pevlm_sglang.families.internvl import processor as module
 
     def empty(self: Any, picture: Any, most: int, *, is_image: bool) -> torch.Tensor:
         columns, rows = tile_layout(picture.width, picture.height, 448, most)

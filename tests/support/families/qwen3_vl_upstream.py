@@ -62,7 +62,7 @@ def _sglang() -> Iterator[Any]:
     from sglang.srt import distributed
     from sglang.srt.runtime_context import get_context, get_parallel
 
-    from pevlm_sglang.config import PevlmConfig
+    from pevlm_sglang.settings.config import PevlmConfig
 
     with (
         tempfile.NamedTemporaryFile() as store,
@@ -85,7 +85,7 @@ def _processor(model: str, config: Any, server_args: Any) -> Any:
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
     from sglang.srt.utils.hf_transformers_utils import get_processor
 
-    from pevlm_sglang import processors
+    from pevlm_sglang.families import registry as processors
 
     kind: Any = processors.for_architectures(QwenVLImageProcessor, config.architectures)
     return kind(config, server_args, get_processor(model), None, skip_mm_pool=True)

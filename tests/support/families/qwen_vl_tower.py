@@ -56,8 +56,8 @@ def main(model: str, pixels: str, out: str) -> None:
 def _features(model: Path, pixels: torch.Tensor, grid: torch.Tensor) -> dict[str, torch.Tensor]:
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    from pevlm_sglang import vision
-    from pevlm_sglang.config import PevlmConfig
+    from pevlm_sglang.families.qwen_vl import tower as vision
+    from pevlm_sglang.settings.config import PevlmConfig
 
     config = get_config(str(model), trust_remote_code=False)
     tower = _tower(model, config)

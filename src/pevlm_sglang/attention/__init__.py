@@ -1,0 +1,1 @@
+"""What SGLang's attention backend does on a server with PEVLM."""

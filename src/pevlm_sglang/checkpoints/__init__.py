@@ -1,1 +1,0 @@
-"""Published checkpoint layouts that transformers does not know."""

@@ -1,0 +1,70 @@
+"""The Hugging Face processor of a checkpoint, where SGLang's own loading of it falls short.
+
+The published LLaVA-Video-7B-Qwen2 has a tokenizer and no processor files; its images are
+preprocessed as its vision tower was trained, by the tower's image processor. And the reference
+resizes with PIL, from whose result that of torchvision differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pevlm_sglang.families.llava_video import spans as llava_video
+
+_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_processor(
+    get_processor: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """SGLang's ``get_processor``, completed for LLaVA-Video.
+
+    Args:
+        get_processor: SGLang's own.
+        tokenizer_name: directory or repository of the tokenizer.
+        args, kwargs: of ``get_processor``; ``model_name`` is the model's directory or repository.
+    """
+    from sglang.srt.utils.hf_transformers.common import resolve_runai_obj_uri
+    from transformers import PretrainedConfig
+
+    model = resolve_runai_obj_uri(kwargs.get("model_name") or tokenizer_name)
+    revision = kwargs.get("revision")
+    config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    if not any(name in llava_video.ARCHITECTURES for name in config.get("architectures") or ()):
+        return get_processor(tokenizer_name, *args, **kwargs)
+    if kwargs.get("image_processor_backend") in (None, "auto"):
+        kwargs["image_processor_backend"] = "pil"
+    if any(_has_file(tokenizer_name, name, revision) for name in _FILES):
+        return get_processor(tokenizer_name, *args, **kwargs)
+    return _assemble(tokenizer_name, config["mm_vision_tower"], kwargs)
+
+
+def _has_file(repository: str, name: str, revision: str | None) -> bool:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        repository,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def _assemble(tokenizer_name: str, vision_tower: str, kwargs: dict[str, Any]) -> Any:
+    """The processor from the tokenizer's files and those of the vision tower."""
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+    from transformers import AutoImageProcessor, LlavaProcessor
+
+    tokenizer = get_tokenizer(
+        tokenizer_name,
+        tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
+        trust_remote_code=kwargs.get("trust_remote_code", False),
+        tokenizer_revision=kwargs.get("revision"),
+    )
+    image_processor = AutoImageProcessor.from_pretrained(
+        vision_tower, backend=kwargs["image_processor_backend"]
+    )
+    return LlavaProcessor(image_processor=image_processor, tokenizer=tokenizer)

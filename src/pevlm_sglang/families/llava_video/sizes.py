@@ -1,0 +1,190 @@
+"""Sampled frames and tokens of a video in LLaVA-Video, for the server and for ``pevlm show``.
+
+Source: LLaVA-NeXT, ``get_2dPool`` and ``prepare_inputs_labels_for_multimodal`` in
+llava/model/llava_arch.py, and ``load_video`` in docs/LLaVA_Video_1003.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pevlm_sglang.families import frame_settings as frame_knobs
+from pevlm_sglang.families.frame_settings import FrameKnobs
+from pevlm_sglang.families.sizes import VideoTokens, read_json
+from pevlm_sglang.settings.refusals import UnsupportedError
+
+ARCHITECTURES: tuple[str, ...] = ("LlavaQwenForCausalLM",)
+
+POOL_STRIDE = 2  # of the reference, whatever a configuration says
+_POOLED_SIDE = {"bilinear": math.ceil, "average": math.floor, "max": math.floor}
+_NEWLINES = ("grid", "frame", "one_token", "no_token")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How many tokens the frames of a video become, and where the newlines are.
+
+    Attributes:
+        patches: features a side of a frame, before pooling.
+        pool_mode: ``bilinear``, ``average`` or ``max``; the first rounds an odd side up, the others
+            down.
+        newline: ``grid`` (after each row), ``frame``, ``one_token`` (after the video) or
+            ``no_token``.
+
+    Raises:
+        UnsupportedError: another pooling or position of newlines.
+    """
+
+    patches: int
+    pool_mode: str = "bilinear"
+    newline: str = "grid"
+
+    def __post_init__(self) -> None:
+        _expect("mm_spatial_pool_mode", self.pool_mode, tuple(_POOLED_SIDE))
+        _expect("mm_newline_position", self.newline, _NEWLINES)
+
+    @classmethod
+    def of(cls, hf_config: Any, patches: int) -> TokenLayout:
+        """The layout of the model with this configuration; defaults are the reference's.
+
+        Raises:
+            UnsupportedError: a layout that is not known here.
+        """
+        merge_type = getattr(hf_config, "mm_patch_merge_type", "flat")
+        _expect("mm_patch_merge_type", merge_type, ("spatial_unpad",))
+        _expect("add_faster_video", bool(getattr(hf_config, "add_faster_video", False)), (False,))
+        return cls(
+            patches,
+            getattr(hf_config, "mm_spatial_pool_mode", "bilinear"),
+            getattr(hf_config, "mm_newline_position", "one_token"),
+        )
+
+    @property
+    def side(self) -> int:
+        """Features a side of a pooled frame."""
+        return int(_POOLED_SIDE[self.pool_mode](self.patches / POOL_STRIDE))
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.side * (self.side + (self.newline == "grid")) + (self.newline == "frame")
+
+    def tokens(self, frames: int) -> int:
+        """Tokens of a video."""
+        return frames * self.tokens_per_frame + (self.newline == "one_token")
+
+
+def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        expected = " or ".join(str(choice) for choice in allowed)
+        raise UnsupportedError(
+            f"{name} of the model's configuration: expected {expected}, got {value}; PEVLM does "
+            "not know how the frames of such a model are laid out"
+        )
+
+
+KNOBS = frame_knobs.KNOBS
+DEFAULT_NUM_FRAMES = 64
+
+
+def sampled_frames(
+    total_frames: int, video_fps: float, frames: int, fps: float | None
+) -> list[int]:
+    """The indices of the frames that the reference samples.
+
+    Args:
+        total_frames: in the file.
+        video_fps: of the file.
+        frames: how many; with ``fps``, how many at most.
+        fps: frames from a second of video; None = ``frames``, evenly spread.
+
+    Source: ``load_video``, with ``force_sample`` where ``fps`` is None.
+    """
+    import numpy as np
+
+    if fps is not None:
+        # The reference has no answer to an fps of more than twice the video's own; it is all here.
+        indices = list(range(0, total_frames, max(1, round(video_fps / fps))))
+        if len(indices) <= frames:
+            return indices
+    even: list[int] = np.linspace(0, total_frames - 1, frames, dtype=int).tolist()
+    return even
+
+
+@dataclass(frozen=True)
+class LlavaGeometry:
+    """See :class:`~pevlm_sglang.families.sizes.Geometry`.
+
+    Attributes:
+        layout: of a video's tokens.
+        image_size: pixels a side of a frame as the vision tower sees it.
+    """
+
+    layout: TokenLayout
+    image_size: int
+    context_length: int | None = None
+    model_type: str = "llava"
+    frames_per_step: int = 1
+    default_prompt_tokens: int = 6  # "You are a helpful assistant."
+
+    def knobs(self, values: Mapping[str, Any]) -> FrameKnobs:
+        """See :meth:`FrameKnobs.of`."""
+        return FrameKnobs.of(values, default=DEFAULT_NUM_FRAMES)
+
+    def sample(self, sampled: int, knobs: FrameKnobs) -> tuple[int, float]:
+        """A file of as many frames as are sampled."""
+        fps = knobs.fps or 1.0
+        frames = len(sampled_frames(sampled, fps, knobs.num_frames, knobs.fps))
+        if frames != sampled:
+            raise ValueError(
+                f"{sampled} sampled frames: {frames} are sampled from any video here; "
+                f"set num_frames to {sampled}"
+            )
+        return sampled, fps
+
+    def video(
+        self, total_frames: int, fps: float, size: tuple[int, int], knobs: FrameKnobs
+    ) -> VideoTokens:
+        """What a file becomes; see the protocol. The size of its frames does not matter."""
+        if total_frames < 1 or min(size) < 1:
+            raise ValueError(f"video: expected a frame, got {total_frames} of {size}")
+        frames = len(sampled_frames(total_frames, fps, knobs.num_frames, knobs.fps))
+        steps = [self.layout.tokens_per_frame] * frames
+        steps[-1] += self.layout.tokens(frames) - sum(steps)
+        return VideoTokens(frames, tuple(steps), (self.image_size, self.image_size))
+
+    def chat_template_tokens(self, prompt_tokens: int) -> tuple[int, int]:
+        """``<|im_start|>system⏎ … <|im_end|>⏎<|im_start|>user⏎``, and
+        ``<|im_end|>⏎<|im_start|>assistant⏎``; chatml-llava has a system turn always."""
+        return 8, 5
+
+
+_SIGLIP = ("google/siglip-so400m-patch14-384", 384, 14)
+
+PUBLISHED = {"llava_video": LlavaGeometry(TokenLayout(patches=27), 384, 32_768)}
+"""LLaVA-Video-7B-Qwen2, by a name for the command line."""
+
+
+def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
+    """The geometry of a checkpoint.
+
+    Args:
+        config: of ``config.json``.
+        directory: of the checkpoint.
+
+    Raises:
+        ValueError: a vision tower or a layout that is not known here.
+    """
+    name = config.get("mm_vision_tower")
+    if name == _SIGLIP[0]:
+        _, image_size, patch_size = _SIGLIP
+    else:
+        tower = read_json(Path(str(name)) / "config.json")
+        tower = tower.get("vision_config", tower)
+        image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
+    layout = TokenLayout.of(SimpleNamespace(**config), image_size // patch_size)
+    return LlavaGeometry(layout, image_size, config.get("max_position_embeddings"))

@@ -1,0 +1,186 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the video as qwen-vl-utils gives it, and knobs of each video.
+
+SGLang's own processor differs from that; ``vision.py`` says how. Here, frames are sampled and
+resized before SGLang's code sees the video, which leaves such a video alone.
+
+With ``--pevlm-vision-fixes false`` SGLang's own functions do it, with the request's knobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sglang.srt.multimodal.processors import qwen_vl as upstream
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from pevlm_sglang.families.qwen_vl.sizes import KNOBS, QwenGeometry, VideoKnobs
+from pevlm_sglang.media.video_file import decoding, length_and_rate
+from pevlm_sglang.media.wishes import Sampling, split
+
+_METADATA = "pevlm_video_metadata"
+_FRAMES_AT_ONCE = 16  # of a resize, which computes in fp32
+_TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
+
+
+class QwenVLProcessor(upstream.QwenVLImageProcessor):
+    """See the module."""
+
+    def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, server_args, *args, **kwargs)
+        self.geometry = _geometry(hf_config)
+        self.vision_fixes = server_args._pevlm_config.vision_fixes
+
+    @classmethod
+    def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
+        """Refuse video settings of the server that no request could be served with.
+
+        Args:
+            hf_config: of the model.
+            video_config: the ``video`` section of ``--mm-process-config``.
+
+        Raises:
+            ValueError: says which.
+        """
+        _server_knobs(_geometry(hf_config), video_config)
+
+    async def load_mm_data(self, *args: Any, video_data: Any = None, **kwargs: Any) -> Any:
+        """Load the media of a request, and sample and resize its videos.
+
+        Raises:
+            ValueError: a bad wish of the request, or a video that cannot be sampled (HTTP 400).
+        """
+        sources, wishes = split(video_data)
+        asked = any(wish.given() for wish in wishes)
+        if asked:
+            # Without corrections, SGLang passes names that are no knobs to the video processor.
+            known = {k: value for k, value in self.video_config.items() if k in KNOBS}
+            limits = limits_of(self.geometry, _server_knobs(self.geometry, known))
+            for wish in wishes:
+                wish.check(limits)
+        loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
+        encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
+        if asked and not all(encoded):
+            raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
+        if any(encoded) and not all(encoded):
+            raise ValueError("videos: expected all of them encoded or none, got some of each")
+        if any(encoded) and (asked or self.vision_fixes):
+            # SGLang drops videos without a placeholder, which come last.
+            pairs = zip(loaded.videos, wishes, strict=False)
+            prepared = [await self._prepare(video, wish) for video, wish in pairs]
+            loaded.videos = [frames for frames, _ in prepared]
+            setattr(loaded, _METADATA, [metadata for _, metadata in prepared])
+        return loaded
+
+    async def _prepare(self, video: Any, wish: Sampling) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Frames ``[T, 3, H, W]`` uint8 of a video, and their metadata for the processor."""
+        if not self.vision_fixes:
+            values = with_wishes(self.video_config, wish)
+            frames, metadata = await upstream.preprocess_video(video, video_config=values)
+            return frames, metadata
+        server = _server_knobs(self.geometry, self.video_config)
+        knobs = self.geometry.knobs(with_wishes(server.given(), wish))
+        work = self.io_executor.submit(sample_and_resize, video, self.geometry, knobs)
+        return await asyncio.wrap_future(work)
+
+    async def process_and_combine_mm_data_async(
+        self, base_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hand over what SGLang would hand over, had it sampled the frames itself; the reference's
+        metadata and no second resize where they are corrected."""
+        metadata = getattr(base_output, _METADATA, None)
+        if metadata is not None and self.vision_fixes:
+            kwargs |= {"video_metadata": metadata, "do_sample_frames": False}
+            kwargs["processor_video_config"] = {"do_resize": False}
+        elif metadata is not None:
+            kwargs["processor_video_config"] = upstream._get_processor_video_config(
+                self.video_config, metadata
+            )
+            if "video_metadata" in kwargs:
+                kwargs["video_metadata"] = metadata
+        return await super().process_and_combine_mm_data_async(base_output, *args, **kwargs)
+
+
+def _geometry(hf_config: Any) -> QwenGeometry:
+    vision = hf_config.vision_config
+    return QwenGeometry(
+        hf_config.model_type,
+        vision.patch_size,
+        vision.spatial_merge_size,
+        vision.temporal_patch_size,
+    )
+
+
+def _server_knobs(geometry: QwenGeometry, video_config: Mapping[str, Any]) -> VideoKnobs:
+    """What the server says about videos, its environment included.
+
+    Raises:
+        ValueError: see :meth:`QwenGeometry.knobs`.
+    """
+    environment = {}
+    if _TOTAL_PIXELS in os.environ:
+        environment["total_pixels"] = int(float(os.environ[_TOTAL_PIXELS]))
+    return geometry.knobs({**environment, **video_config})
+
+
+def limits_of(geometry: QwenGeometry, knobs: VideoKnobs) -> dict[str, float]:
+    """What a request may ask for at most; frames at a high rate are bounded by ``max_frames``."""
+    limits = {"fps": math.inf, "max_frames": knobs.max_frames}
+    if knobs.resized_width is None:
+        limits["max_pixels"] = geometry.max_pixels(knobs)
+    return limits
+
+
+def with_wishes(values: Mapping[str, Any], wish: Sampling) -> dict[str, Any]:
+    """The server's video settings for one video. A rate takes the place of the server's
+    ``nframes``, and ``max_frames`` bounds it too."""
+    mixed = {**values, **wish.given()}
+    if wish.fps is not None:
+        mixed.pop("nframes", None)
+    elif wish.max_frames is not None and "nframes" in mixed:
+        mixed["nframes"] = min(mixed["nframes"], wish.max_frames)
+    return mixed
+
+
+def sample_and_resize(
+    video: Any, geometry: QwenGeometry, knobs: VideoKnobs
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Frames ``[T, 3, H, W]`` uint8, and their metadata as transformers takes it.
+
+    Args:
+        video: SGLang's ``VideoDecoderWrapper``.
+
+    Raises:
+        ValueError: a video with too few frames, or too long and narrow.
+
+    Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
+    in one piece and cast to fp32 at the end, to the same values.
+    """
+    total, fps = length_and_rate(video)
+    count = geometry.sampled_frames(total, fps, knobs)
+    indices = torch.linspace(0, total - 1, count).round().long().tolist()
+    with decoding():
+        frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
+    size = frames.shape[-1], frames.shape[-2]
+    width, height = geometry.resized(count, size, knobs)
+    frames = torch.cat(
+        [
+            resize(part, [height, width], InterpolationMode.BICUBIC, antialias=True)
+            for part in frames.split(_FRAMES_AT_ONCE)
+        ]
+    )
+    if frames.device.type == "cpu" and torch.cuda.is_available():
+        frames = frames.pin_memory()  # as SGLang does
+    return frames, {
+        "fps": fps,
+        "duration": total / fps,
+        "total_num_frames": total,
+        "frames_indices": indices,
+        "video_backend": "torchcodec",
+    }

@@ -1,0 +1,336 @@
+"""Sampled frames, pixels and tokens of a video in Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+The definition is qwen-vl-utils 0.0.14, ``smart_nframes`` and ``fetch_video``, with one liberty that
+SGLang takes too: ``max_pixels`` may be set beyond 768 tokens. Qwen's own processors use it, and so
+does this plugin's (``processors/qwen_vl.py``), from here: what ``pevlm show`` predicts and what the
+server does is one piece of code. The library is the tests' oracle and no dependency: its pixel
+budget is not a function to call, but part of one that also downloads and decodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pevlm_sglang.families.sizes import VideoTokens, processor_settings
+
+ARCHITECTURES: tuple[str, ...] = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
+
+_FRAME_FACTOR = 2  # an even number of frames is sampled
+_MAX_RATIO = 200  # of the longer side to the shorter
+_MIN_TOKENS, _MAX_TOKENS = 128, 768  # of a sampled frame, before frames are merged into steps
+_IMAGE_TOKENS = (4, 16_384)  # bounds that resized_height and resized_width obey
+_TOTAL_TOKENS = 115_200  # of all steps together: 90 % of a context of 128,000
+
+
+@dataclass(frozen=True)
+class VideoKnobs:
+    """The keys of SGLang's ``--mm-process-config '{"video": {...}}'``.
+
+    A token is a square of ``patch_size × merge_size`` pixels a side.
+
+    Attributes:
+        fps: frames sampled from a second of video.
+        nframes: frames sampled from any video, in place of ``fps``; rounded to an even number.
+        min_frames: lower bound of what ``fps`` gives.
+        max_frames: upper bound of what ``fps`` gives.
+        min_pixels: lower bound of a sampled frame after the resize; None = 128 tokens.
+        max_pixels: upper bound of a sampled frame after the resize; None = 768 tokens, or what
+            ``min_pixels`` asks for where that is more.
+        total_pixels: bounds the pixels of all steps together, as far as ``min_pixels`` lets it;
+            None = 115,200 tokens. The server's environment variable ``VIDEO_MAX_PIXELS`` sets it
+            too.
+        resized_height, resized_width: of a sampled frame, in place of the bounds; both or none.
+
+    Raises:
+        ValueError: a value that is not positive, or values that exclude each other.
+    """
+
+    fps: float = 2.0
+    nframes: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError("resized_height, resized_width: expected both or none")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> VideoKnobs:
+        """The knobs in the ``video`` section of the server's flag.
+
+        Raises:
+            ValueError: a name or a value that is not one of a knob, or fps beside nframes.
+        """
+        if unknown := [name for name in values if name not in KNOBS]:
+            raise ValueError(f"video knob {unknown[0]}: expected one of {', '.join(KNOBS)}")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if "fps" in values and "nframes" in values:
+            raise ValueError("fps, nframes: expected one or the other, got both")
+        return cls(**values)
+
+    def given(self) -> dict[str, float]:
+        """The knobs that are not at their default, as the server's flag takes them."""
+        return {
+            knob.name: value
+            for knob in dataclasses.fields(self)
+            if (value := getattr(self, knob.name)) != knob.default
+        }
+
+
+KNOBS = tuple(knob.name for knob in dataclasses.fields(VideoKnobs))
+
+
+@dataclass(frozen=True)
+class QwenGeometry:
+    """See :class:`~pevlm_sglang.families.sizes.Geometry`.
+
+    Attributes:
+        patch_size: pixels a side of a patch of the vision tower.
+        merge_size: patches a side that become one token.
+        temporal_patch_size: sampled frames in a step.
+    """
+
+    model_type: str
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    context_length: int | None = None
+
+    @property
+    def frames_per_step(self) -> int:
+        return self.temporal_patch_size
+
+    @property
+    def has_timestamps(self) -> bool:
+        """Whether the processor writes the time of each step into the video."""
+        return self.model_type.startswith("qwen3")
+
+    @property
+    def default_prompt_tokens(self) -> int:
+        """Of "You are a helpful assistant.", which Qwen2's chat template adds, and Qwen3's not."""
+        return 0 if self.has_timestamps else 6
+
+    def chat_template_tokens(self, prompt_tokens: int) -> tuple[int, int]:
+        """Around ``<|im_start|>system⏎ … <|im_end|>⏎<|im_start|>user⏎<|vision_start|>``, and
+        ``<|vision_end|> … <|im_end|>⏎<|im_start|>assistant⏎``. Qwen3's template has no system turn
+        without a system prompt."""
+        has_system_turn = prompt_tokens > 0 or not self.has_timestamps
+        return 4 + 5 * has_system_turn, 6
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a token, which a resized frame's sides are multiples of."""
+        return self.patch_size * self.merge_size
+
+    def knobs(self, values: Mapping[str, Any]) -> VideoKnobs:
+        """See :meth:`VideoKnobs.of`; bounds must leave room for a frame too."""
+        knobs = VideoKnobs.of(values)
+        least = self.min_pixels(knobs)
+        if knobs.max_pixels is not None and knobs.max_pixels < least:
+            raise ValueError(
+                f"max_pixels: expected at least min_pixels, {least:g} here, got "
+                f"{knobs.max_pixels:g}; --mm-process-config lowers min_pixels"
+            )
+        return knobs
+
+    def min_pixels(self, knobs: VideoKnobs) -> float:
+        """The smallest sampled frame after the resize."""
+        return knobs.min_pixels or _MIN_TOKENS * self.factor**2
+
+    def max_pixels(self, knobs: VideoKnobs) -> float:
+        """The largest sampled frame after the resize, in a short video."""
+        if knobs.max_pixels is not None:
+            return knobs.max_pixels
+        return max(_MAX_TOKENS * self.factor**2, int(self.min_pixels(knobs) * 1.05))
+
+    def sampled_frames(self, total_frames: int, fps: float, knobs: VideoKnobs) -> int:
+        """How many frames of a file are sampled.
+
+        Raises:
+            ValueError: the file has too few frames.
+
+        Source: ``smart_nframes`` of qwen-vl-utils.
+        """
+        if knobs.nframes is not None:
+            frames = _rounded(knobs.nframes, _FRAME_FACTOR)
+        else:
+            least = _ceiled(knobs.min_frames, _FRAME_FACTOR)
+            wanted = total_frames / fps * knobs.fps
+            bounded = min(max(wanted, least), knobs.max_frames, total_frames)
+            frames = _floored(bounded, _FRAME_FACTOR)
+        if frames < _FRAME_FACTOR:
+            raise ValueError(
+                f"sampled frames: expected nframes of at least {_FRAME_FACTOR}, got {frames}"
+            )
+        if frames > total_frames:
+            raise ValueError(
+                f"sampled frames: the video has only {total_frames}, got nframes {frames}"
+            )
+        return frames
+
+    def resized(self, frames: int, size: tuple[int, int], knobs: VideoKnobs) -> tuple[int, int]:
+        """Width and height of a sampled frame after the resize.
+
+        Args:
+            frames: sampled frames.
+            size: of the file.
+
+        Raises:
+            ValueError: a frame too long and narrow.
+
+        Source: ``fetch_video`` and ``smart_resize`` of qwen-vl-utils.
+        """
+        if knobs.resized_width is not None and knobs.resized_height is not None:
+            size = (knobs.resized_width, knobs.resized_height)
+            least, most = (float(tokens * self.factor**2) for tokens in _IMAGE_TOKENS)
+        else:
+            least = self.min_pixels(knobs)
+            total = knobs.total_pixels or _TOTAL_TOKENS * self.factor**2
+            share = max(total / frames * _FRAME_FACTOR, int(least * 1.05))
+            most = min(self.max_pixels(knobs), share)
+        width, height = size
+        if min(size) < 1 or max(size) / min(size) > _MAX_RATIO:
+            raise ValueError(
+                f"size: expected sides of at least 1 pixel and a ratio of at most {_MAX_RATIO}, "
+                f"got {width}x{height}"
+            )
+        new_width, new_height = self._within(least, most, size)
+        if 0 in (new_width, new_height):
+            raise ValueError(
+                f"size: {width}x{height} is too narrow, it would be resized to "
+                f"{new_width}x{new_height}; raise max_pixels"
+            )
+        return new_width, new_height
+
+    def _within(self, least: float, most: float, size: tuple[int, int]) -> tuple[int, int]:
+        """``size`` in multiples of the factor; where that breaks a bound, scaled to the bound and
+        rounded to the inner side of it."""
+        factor = self.factor
+        width, height = (max(factor, _rounded(side, factor)) for side in size)
+        if width * height > most:
+            shrink = math.sqrt(size[0] * size[1] / most)
+            return _floored(size[0] / shrink, factor), _floored(size[1] / shrink, factor)
+        if width * height < least:
+            grow = math.sqrt(least / (size[0] * size[1]))
+            return _ceiled(size[0] * grow, factor), _ceiled(size[1] * grow, factor)
+        return width, height
+
+    def sample(self, sampled: int, knobs: VideoKnobs) -> tuple[int, float]:
+        """A file of as many frames as are sampled."""
+        frames = self.sampled_frames(sampled, knobs.fps, knobs)
+        if frames != sampled:
+            raise ValueError(
+                f"{sampled} sampled frames: SGLang would sample {frames} here, an even number "
+                f"up to max_frames ({knobs.max_frames}), or nframes where that is set"
+            )
+        return sampled, knobs.fps
+
+    def video(
+        self, total_frames: int, fps: float, size: tuple[int, int], knobs: VideoKnobs
+    ) -> VideoTokens:
+        """What a file becomes; see the protocol."""
+        frames = self.sampled_frames(total_frames, fps, knobs)
+        width, height = self.resized(frames, size, knobs)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        num_steps = -(-frames // self.temporal_patch_size)
+        pads = rows * columns // self.merge_size**2
+        steps = [pads] * num_steps
+        if self.has_timestamps:
+            seconds = self._timestamps(total_frames, fps, frames)
+            steps = [pads + _timestamp_tokens(time) for time in seconds]
+        return VideoTokens(frames, tuple(steps), (width, height), (num_steps, rows, columns))
+
+    def _timestamps(self, total_frames: int, fps: float, frames: int) -> list[float]:
+        """The time of each step: the mean of its first and its last frame's, in seconds.
+
+        The server samples in fp32, which in a file of many thousand frames may take a frame's
+        neighbour.
+
+        Source: ``_calculate_timestamps`` in transformers' processing_qwen3_vl.py.
+        """
+        each = self.temporal_patch_size
+        times = [round(i * (total_frames - 1) / (frames - 1)) / fps for i in range(frames)]
+        times += [times[-1]] * (-frames % each)
+        return [(times[i] + times[i + each - 1]) / 2 for i in range(0, len(times), each)]
+
+
+def _timestamp_tokens(seconds: float) -> int:
+    """Tokens of ``<12.5 seconds><|vision_start|>`` and ``<|vision_end|>``: one a digit, and one
+    each for ``<``, the point, `` seconds``, ``>`` and the vision tokens."""
+    return len(f"{seconds:.1f}") + 5
+
+
+PUBLISHED = {
+    geometry.model_type: geometry
+    for geometry in (
+        QwenGeometry("qwen2_5_vl", context_length=128_000),
+        QwenGeometry("qwen2_vl", context_length=32_768),
+        QwenGeometry("qwen3_vl", patch_size=16, context_length=262_144),
+        QwenGeometry("qwen3_vl_moe", patch_size=16, context_length=262_144),
+    )
+}
+"""Of the published checkpoints; the context is ``max_position_embeddings`` of ``config.json``."""
+
+
+def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
+    """The geometry of a checkpoint.
+
+    Raises:
+        ValueError: a model type that is not known here, or files that contradict each other.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in PUBLISHED:
+        raise ValueError(
+            f"model_type {model_type}: expected one of {', '.join(PUBLISHED)}; "
+            "the token counts of other models are not known here"
+        )
+    published = PUBLISHED[model_type]
+    settings = processor_settings(directory)
+    vision = config.get("vision_config") or {}
+    sizes: dict[str, int] = {}
+    for ours, theirs in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        default = getattr(published, ours)
+        sizes[ours] = int(settings.get(ours, default))
+        if (wanted := int(vision.get(theirs, default))) != sizes[ours]:
+            raise ValueError(
+                f"{ours}: config.json of {directory} says {wanted}, its processor files say "
+                f"{sizes[ours]}"
+            )
+    text = config.get("text_config") or config
+    return QwenGeometry(model_type, **sizes, context_length=text.get("max_position_embeddings"))
+
+
+def _rounded(number: float, factor: int) -> int:
+    return round(number / factor) * factor
+
+
+def _floored(number: float, factor: int) -> int:
+    return math.floor(number / factor) * factor
+
+
+def _ceiled(number: float, factor: int) -> int:
+    return math.ceil(number / factor) * factor

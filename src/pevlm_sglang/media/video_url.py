@@ -1,0 +1,76 @@
+"""Let ``max_pixels`` of a chat request's ``video_url`` part reach the processors.
+
+SGLang passes ``fps`` and ``max_frames`` on and drops names that its request model does not declare.
+Before the HTTP server is built, the name is declared here and added to those that are passed on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from pevlm_sglang.settings.refusals import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+NAME = "max_pixels"
+
+_MODELS = (
+    "ChatCompletionMessageContentVideoURL",
+    "ChatCompletionMessageContentVideoPart",
+    "ChatCompletionMessageGenericParam",
+    "ChatCompletionMessageUserParam",
+    "ChatCompletionRequest",
+)
+"""From the part to the request: each holds a compiled copy of the one before it."""
+
+_KEYS = "GLM_MEDIA_CONFIG_KEYS"
+"""The names that reach ``VideoData.preprocess_kwargs``, in each module that makes one."""
+
+
+def offer_max_pixels() -> None:
+    """Declare the name. Idempotent; too late once the HTTP server's module is imported, which is
+    then logged.
+
+    Raises:
+        UnsupportedError: this SGLang has another request model.
+    """
+    from sglang.srt.entrypoints.openai import protocol
+    from sglang.srt.parser import conversation, jinja_template_utils
+
+    missing = [name for name in _MODELS if not hasattr(protocol, name)]
+    parsers = (conversation, jinja_template_utils)
+    if missing or not all(hasattr(module, _KEYS) for module in parsers):
+        raise _unsupported(f"lacks {', '.join(missing) or _KEYS}")
+    if NAME not in protocol.ChatCompletionMessageContentVideoURL.model_fields:
+        if "sglang.srt.entrypoints.http_server" in sys.modules:
+            logger.warning(
+                "PEVLM: max_pixels of a video_url part will be ignored: the HTTP server's module "
+                "was imported before the server's arguments were resolved"
+            )
+            return
+        _declare([getattr(protocol, name) for name in _MODELS])
+    for module in parsers:
+        if NAME not in getattr(module, _KEYS):
+            setattr(module, _KEYS, (*getattr(module, _KEYS), NAME))
+
+
+def _declare(models: list[Any]) -> None:
+    from pydantic.fields import FieldInfo
+
+    models[0].model_fields[NAME] = FieldInfo(annotation=int | None, default=None)
+    for model in models:
+        model.model_rebuild(force=True)
+    part = {"type": "video_url", "video_url": {"url": "", NAME: 1}}
+    body = {"model": "", "messages": [{"role": "user", "content": [part]}]}
+    [message] = models[-1].model_validate(body).model_dump()["messages"]
+    if message["content"][0]["video_url"].get(NAME) != 1:
+        raise _unsupported("does not take a new field")
+
+
+def _unsupported(why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"max_pixels of a video_url part: this SGLang {why}; install sglang>=0.5.21 (developed on "
+        "0.5.23) or a newer pevlm-sglang"
+    )

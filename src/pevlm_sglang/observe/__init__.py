@@ -1,0 +1,1 @@
+"""What PEVLM did, seen from outside."""

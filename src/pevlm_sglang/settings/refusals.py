@@ -1,0 +1,138 @@
+"""What PEVLM cannot serve, checked before the server starts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pevlm_sglang.settings.config import PevlmConfig
+
+
+class UnsupportedError(ValueError):
+    """A setting, model or backend that PEVLM cannot serve; the server is refused with this
+    message."""
+
+
+class _Refusal(NamedTuple):
+    """A server argument of SGLang that PEVLM does not work with, and why."""
+
+    option: str
+    unless: tuple[Any, ...]
+    reason: str
+
+
+_PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
+_ENCODER = "plugins are not loaded in the encoder server, which has the vision tower"
+_LAUNCHER = "its launcher does not check that schedulers report PEVLM active"
+_MODELS = "its models and processors are others than those that PEVLM was made for"
+_WORKERS = "plugins are not loaded in its worker processes, where videos are sampled and resized"
+_MEMORY = "cache slots are not token-granular there"
+
+# Options that a release lacks are passed over: there is nothing to refuse.
+_REFUSALS = (
+    _Refusal("attn_cp_size", (1,), _PARALLEL),
+    _Refusal("dcp_size", (1,), _PARALLEL),
+    _Refusal("enable_prefill_cp", (False,), _PARALLEL),
+    _Refusal("enable_two_batch_overlap", (False,), "it splits a batch without its frames"),
+    _Refusal("enable_pdmux", (False,), "it keeps backends of its own, a stream each"),
+    _Refusal("dllm_algorithm", (None,), "a diffusion model does not prefill causally"),
+    _Refusal("enable_unified_memory", (False,), _MEMORY),
+    _Refusal("enable_page_major_kv_layout", (False,), _MEMORY),
+    _Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
+    _Refusal("speculative_adaptive", (False,), "it swaps in backends of its own at run time"),
+    _Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
+    _Refusal("encoder_only", (False,), _ENCODER),
+    _Refusal("language_only", (False,), _ENCODER),
+    _Refusal("disaggregation_mode", ("null",), "KV would cross servers with other settings"),
+    _Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
+    _Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
+    _Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
+    _Refusal("model_impl", ("auto", "sglang"), _MODELS),
+    _Refusal("tokenizer_worker_num", (1,), _WORKERS),
+    _Refusal("smg_grpc_mode", (False,), _LAUNCHER),
+    _Refusal("grpc_mode", (False,), _LAUNCHER),
+    _Refusal(
+        "kv_cache_dtype",
+        ("auto", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2"),
+        "its keys and values are not read token by token",
+    ),
+)
+
+
+DETERMINISTIC_BASES = ("fa3", "flashinfer")
+"""Bases with a prefill kernel of their own that PEVLM runs under deterministic inference. The
+triton backend takes another kernel there, which PEVLM does not rewrite."""
+
+
+def check_server_args(resolved: Any, config: PevlmConfig) -> None:
+    """Refuse settings of SGLang that PEVLM does not work with.
+
+    Args:
+        resolved: SGLang's resolved server arguments.
+        config: of the server.
+
+    Raises:
+        UnsupportedError: names the option, what was expected, what came, and why.
+    """
+    for option, allowed, reason in _REFUSALS:
+        value = getattr(resolved, option, allowed[0])
+        if value not in allowed:
+            flag = "--" + option.replace("_", "-")
+            expected = " or ".join(str(v) for v in allowed)
+            raise UnsupportedError(
+                f"{flag}: expected {expected}, got {value}; {reason}. "
+                f"Leave {flag} out, or serve without --attention-backend pevlm"
+            )
+    if not getattr(resolved, "enable_deterministic_inference", False):
+        return
+    base = resolved.prefill_attention_backend or resolved.attention_backend or ""
+    if base not in DETERMINISTIC_BASES:
+        raise UnsupportedError(
+            f"--enable-deterministic-inference: expected --pevlm-base-backend "
+            f"{' or '.join(DETERMINISTIC_BASES)}, whose own prefill kernel PEVLM runs there, got "
+            f"{base or 'none'}"
+        )
+    if config.prefill_kernel not in ("auto", "base"):
+        raise UnsupportedError(
+            f"--pevlm-prefill-kernel: expected base with --enable-deterministic-inference, whose "
+            f"results do not depend on the batch, got {config.prefill_kernel}"
+        )
+
+
+def check_model(model_runner: Any) -> None:
+    """Refuse models whose attention is not plain causal attention over a token-granular cache.
+
+    Raises:
+        UnsupportedError: says what the model has.
+    """
+    from sglang.srt.configs.model_config import AttentionArch
+
+    config = model_runner.model_config
+    text_config = config.hf_text_config
+    window = model_runner.sliding_window_size
+    findings = {
+        "multi-head latent attention (MLA)": config.attention_arch != AttentionArch.MHA,
+        "an encoder-decoder with cross-attention": config.is_encoder_decoder,
+        "sliding-window attention": window is not None and window > 0,
+        "interleaved rope (use_irope)": bool(getattr(text_config, "use_irope", False)),
+        "no generation (an embedding model)": not config.is_generation,
+    }
+    for finding, present in findings.items():
+        if present:
+            raise UnsupportedError(
+                f"model {config.model_path}: has {finding}, which PEVLM does not cover; "
+                "serve it without --attention-backend pevlm"
+            )
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """SGLang's attention layers with a KV cache on this rank."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def prefill_kernel(resolved: Any, config: PevlmConfig) -> str:
+    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
+    whose results SGLang makes independent of the batch."""
+    deterministic = getattr(resolved, "enable_deterministic_inference", False)
+    return "base" if deterministic else config.prefill_kernel

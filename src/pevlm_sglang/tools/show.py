@@ -1,0 +1,303 @@
+"""What a video becomes: sampled frames, tokens, sink, blocks, and what attention then costs.
+
+Everything is computed from a checkpoint's JSON files and the size of a video: no weights, no
+server, no SGLang import.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, cast
+
+from pevlm_sglang.families import sizes as geometries
+from pevlm_sglang.families.sizes import Geometry, VideoTokens
+from pevlm_sglang.layout import FrameSpans, Layout, Range
+from pevlm_sglang.settings.config import PevlmConfig
+
+_SHOWN_BLOCKS = (3, 2)  # of many blocks, the first and the last ones are printed
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the layout takes from a model.
+
+    Attributes:
+        name: what the user called it.
+        geometry: of its family.
+    """
+
+    name: str
+    geometry: Geometry
+
+    @classmethod
+    def published(cls, family: str) -> Model:
+        """The published checkpoints of a family, from what is known about them."""
+        return cls(f"published {family}", geometries.published()[family])
+
+    @classmethod
+    def read(cls, directory: Path) -> Model:
+        """A checkpoint's directory; its weights are not needed.
+
+        Raises:
+            ValueError: see :func:`pevlm_sglang.families.sizes.of_checkpoint`.
+        """
+        return cls(str(directory), geometries.of_checkpoint(directory))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video between text, as a user would send it.
+
+    Attributes:
+        size: width and height of the video, in pixels.
+        knobs: video settings of the server, by name.
+        sampled: frames that the server samples; None where ``duration`` says how many.
+        duration: of the video, in seconds; None where ``sampled`` is given.
+        video_fps: frame rate of the file.
+        prompt_tokens: of the system prompt, and of any text before the video; None is the chat
+            template's own system prompt.
+        question_tokens: of the text after the video.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    size: tuple[int, int]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    sampled: int | None = None
+    duration: float | None = None
+    video_fps: float = 30.0
+    prompt_tokens: int | None = None
+    question_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "question_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        for name in ("sampled", "duration", "video_fps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        if (self.sampled is None) == (self.duration is None):
+            raise ValueError("expected either a number of sampled frames or a duration")
+
+    def video(self, geometry: Geometry, knobs: Any) -> VideoTokens:
+        """What the video becomes.
+
+        Args:
+            geometry: of the model.
+            knobs: the geometry's form of ``knobs``.
+
+        Raises:
+            ValueError: SGLang would not sample the number that is asked for, or refuses the video.
+        """
+        if self.sampled is not None:
+            total, fps = geometry.sample(self.sampled, knobs)
+        else:
+            assert self.duration is not None
+            total, fps = round(self.duration * self.video_fps), self.video_fps
+        return geometry.video(total, fps, self.size, knobs)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a request, and their layout.
+
+    Attributes:
+        knobs: the request's, in the form of the model's geometry.
+        prompt_tokens: of the system prompt, and of any text before the video.
+        length: tokens in the prompt.
+    """
+
+    model: Model
+    config: PevlmConfig
+    request: Request
+    knobs: Any
+    prompt_tokens: int
+    video: VideoTokens
+    spans: FrameSpans
+    layout: Layout
+    length: int
+
+    @classmethod
+    def build(cls, model: Model, config: PevlmConfig, request: Request) -> Prompt:
+        """Predict the prompt that SGLang makes of a request.
+
+        Raises:
+            ValueError: a bad knob, or SGLang would refuse the video.
+        """
+        geometry = model.geometry
+        knobs = geometry.knobs(request.knobs)
+        video = request.video(geometry, knobs)
+        prompt_tokens = request.prompt_tokens
+        if prompt_tokens is None:
+            prompt_tokens = geometry.default_prompt_tokens
+        before, after = geometry.chat_template_tokens(prompt_tokens)
+        ends = [*accumulate(video.steps, initial=before + prompt_tokens)]
+        spans = FrameSpans(tuple(pairwise(ends)), geometry.frames_per_step)
+        layout = Layout.build(
+            [spans] if config.enabled else [],
+            sink_frames=config.sink_frames,
+            block_frames=config.block_frames,
+        )
+        length = spans.end + after + request.question_tokens
+        return cls(model, config, request, knobs, prompt_tokens, video, spans, layout, length)
+
+    def assumptions(self) -> Iterator[str]:
+        """What a real prompt may have otherwise."""
+        before, after = self.model.geometry.chat_template_tokens(self.prompt_tokens)
+        yield f"system prompt {self.prompt_tokens} tokens, question {self.request.question_tokens}"
+        yield f"chat template {before} tokens before and {after} after the video"
+        if self.request.duration is not None:
+            yield f"a file of {self.request.video_fps:g} frames a second"
+
+    @property
+    def step_tokens(self) -> tuple[int, int]:
+        """Least and most tokens of a step."""
+        return min(self.video.steps), max(self.video.steps)
+
+    @property
+    def visible_fraction(self) -> float:
+        return self.layout.visible_fraction(self.length)
+
+    @property
+    def sink(self) -> Range:
+        """All tokens before the first block; empty where PEVLM is switched off."""
+        if not self.config.enabled:
+            return (0, 0)
+        return (0, self.layout.blocks[0].extent_start if self.layout.blocks else self.spans.end)
+
+    @property
+    def parts(self) -> list[tuple[str, Range]]:
+        """Sink, blocks and question by name; they tile the prompt."""
+        if not self.config.enabled:
+            return [("all", (0, self.length))]
+        blocks = [(f"block {b.index}", (b.start, b.end)) for b in self.layout.blocks]
+        return [("sink", self.sink), *blocks, ("question", (self.spans.end, self.length))]
+
+    def frames_in(self, tokens: Range) -> str:
+        """First and last sampled frame whose tokens lie in a range, such as ``4-7``."""
+        start, end = tokens
+        inside = [i for i, (x, y) in enumerate(self.spans.steps) if start <= x and y <= end]
+        if not inside:
+            return "-"
+        each = self.spans.frames_per_step
+        return f"{inside[0] * each}-{(inside[-1] + 1) * each - 1}"
+
+    def server_flags(self) -> str:
+        """The flags of SGLang that give this prompt and layout."""
+        flags = ["--attention-backend", "pevlm"]
+        for name in ("sink_frames", "block_frames"):
+            flags += [f"--pevlm-{name.replace('_', '-')}", str(getattr(self.config, name))]
+        if not self.config.enabled:
+            flags += ["--pevlm-enabled", "false"]
+        if video := self.knobs.given():
+            flags += ["--mm-process-config", json.dumps({"video": video})]
+        return shlex.join(flags)
+
+
+def as_json(prompt: Prompt) -> str:
+    """The prompt as one JSON object; token ranges are half-open."""
+    request, geometry, video = prompt.request, prompt.model.geometry, prompt.video
+    content = {
+        "model": prompt.model.name,
+        "model_type": geometry.model_type,
+        "config": prompt.config.describe(),
+        "geometry": asdict(cast(Any, geometry)),
+        "video_knobs": asdict(prompt.knobs),
+        "assumed": {
+            "size": request.size,
+            "duration": request.duration,
+            "video_fps": request.video_fps if request.duration is not None else None,
+            "system_prompt_tokens": prompt.prompt_tokens,
+            "question_tokens": request.question_tokens,
+            "chat_template_tokens": geometry.chat_template_tokens(prompt.prompt_tokens),
+        },
+        "frames": video.frames,
+        "resized": video.resized,
+        "video_grid_thw": video.grid,
+        "steps": len(video.steps),
+        "frames_per_step": prompt.spans.frames_per_step,
+        "tokens_per_step": prompt.step_tokens,
+        "tokens_per_frame": sum(video.steps) / len(video.steps) / prompt.spans.frames_per_step,
+        "prompt_tokens": prompt.length,
+        "context_length": geometry.context_length,
+        "video": [prompt.spans.start, prompt.spans.end],
+        "sink": prompt.sink,
+        "blocks": [[block.start, block.end] for block in prompt.layout.blocks],
+        "question": [prompt.spans.end, prompt.length],
+        "visible_fraction": prompt.visible_fraction,
+        "attention_speedup": 1 / prompt.visible_fraction,
+        "server_flags": prompt.server_flags(),
+    }
+    return json.dumps(content, indent=2)
+
+
+def as_text(prompt: Prompt) -> str:
+    """The prompt for people."""
+    video, spans = prompt.video, prompt.spans
+    least, most = prompt.step_tokens
+    each = spans.frames_per_step
+    step = f"{least}" if least == most else f"{least} to {most}"
+    frame = sum(video.steps) / len(video.steps) / each
+    lines = [
+        f"model    {prompt.model.name}",
+        f"video    {video.frames} sampled frames of {_by(prompt.request.size)}, resized to "
+        f"{_by(video.resized)}",
+        f"         {len(spans.steps)} steps of {each} frame{'s' if each > 1 else ''}, "
+        f"{step} tokens a step, {frame:.4g} a frame",
+        f"prompt   {prompt.length} tokens: {spans.start} before the video, "
+        f"{spans.end - spans.start} in it, {prompt.length - spans.end} after it",
+        f"assumed  {'; '.join(prompt.assumptions())}",
+        f"flags    {prompt.server_flags()}",
+        "",
+        *_table(prompt),
+        "",
+        f"visible_fraction   {prompt.visible_fraction:.4f} of the pairs of full attention",
+        f"attention speed-up {1 / prompt.visible_fraction:.2f}x by arithmetic "
+        "(1 / visible_fraction), in prefill",
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in _notes(prompt)])
+
+
+def _by(size: tuple[int, int]) -> str:
+    width, height = size
+    return f"{width}x{height}"
+
+
+def _table(prompt: Prompt) -> Iterator[str]:
+    first, last = _SHOWN_BLOCKS
+    hidden = len(prompt.layout.blocks) - first - last
+    yield f"{'part':<10}{'tokens':<20}{'count':>8}  sampled frames"
+    for i, (name, (start, end)) in enumerate(prompt.parts):  # row 0 is the sink
+        if hidden < 2 or not first < i <= first + hidden:
+            frames = prompt.frames_in((start, end))
+            yield f"{name:<10}{f'[{start}, {end})':<20}{end - start:>8}  {frames}"
+        elif i == first + 1:
+            yield f"... {hidden} more blocks"
+
+
+def _notes(prompt: Prompt) -> Iterator[str]:
+    if not prompt.config.enabled:
+        yield "PEVLM is switched off (enabled: false)"
+    elif prompt.layout.first_sparse is None:
+        yield "full attention: the sink and one block hold all frames"
+    if not prompt.config.vision_fixes:
+        yield "vision_fixes is off: SGLang's own resize may give other token counts"
+    each = prompt.spans.frames_per_step
+    for name in ("sink_frames", "block_frames"):
+        asked = getattr(prompt.config, name)
+        if (whole := prompt.spans.to_steps(asked) * each) != asked:
+            yield f"{name} {asked} is rounded up to {whole}, whole steps of {each} frames"
+    limit = prompt.model.geometry.context_length
+    if limit is not None and prompt.length > limit:
+        yield (
+            f"the prompt is longer than the model's context of {limit} tokens; sample fewer frames "
+            "or pixels, or raise SGLang's --context-length"
+        )

@@ -1,0 +1,38 @@
+"""bench_plan.py at a small size: what it times is what it says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_plan
+
+from pevlm_sglang.observe.observer import Observer
+
+CPU = torch.device("cpu")
+
+
+def test_plans_in_one_chunk_and_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_plan, "LENGTH", 3000)
+    monkeypatch.setattr(bench_plan, "CHUNK", 700)
+    monkeypatch.setattr(bench_plan, "CASES", (bench_plan.Case("small", 64, 2, 2, 4),))
+    observer = Observer(log=False, metrics=False)
+    whole, cut = bench_plan.plan_rows(CPU, observer)
+    # A sink of one step, then two steps a block: 44 of them in 2872 tokens.
+    assert whole["blocks"] == cut["blocks"] == 22
+    assert (whole["forwards"], cut["forwards"]) == (1, 5)
+    sink, question = 64 + 64, 3000
+    assert whole["keys"] == sink + 128 + 20 * (sink + 128) + sink + 64 + question
+    assert cut["keys"] > whole["keys"]
+    assert all(row["plan_ms"] > 0 and row["host_ms"] > 0 for row in (whole, cut))
+    assert set(whole["derived_ms"]) == {"triton", "fa3 base, flash_paged", "flash_merged"}
+    assert observer.totals.sparse_forwards > 0
+
+
+def test_call_overhead_is_microseconds() -> None:
+    assert bench_plan.call_overhead(Observer(log=False, metrics=False)) < 1e-4

@@ -1,0 +1,120 @@
+"""InternVL3.5 without a server: pixels, vision tower and projector against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pevlm_sglang.families.internvl.tiles import Published, tile_layout
+from support.families import internvl as reference
+from support.families import internvl_upstream
+from support.families.internvl import IMAGE, VIDEO
+from support.families.internvl_model import CONTEXT, make_tiny_model
+from support.families.internvl_upstream import processor
+from support.video import write_video
+
+Clip = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("internvl"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A path, by size and seed."""
+    directory = tmp_path_factory.mktemp("clips")
+
+    def write(width: int = 96, height: int = 64, seed: int = 0, seconds: float = 3) -> str:
+        path = directory / f"{width}-{height}-{seed}-{seconds}.mp4"
+        if not path.exists():
+            write_video(path, seconds=seconds, size=(width, height), seed=seed)
+        return str(path)
+
+    return write
+
+
+# --- Pixels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(96, 64), (640, 360), (360, 640), (449, 447), (1280, 720)])
+def test_pixels_of_a_video(model: Path, clip: Clip, size: tuple[int, int]) -> None:
+    path = clip(size[0] // 2 * 2, size[1] // 2 * 2)
+    with processor(model, video={"num_frames": 5}) as process:
+        (item,) = process(f"{VIDEO}?", [path]).mm_items
+    expected = torch.cat([reference.load(f, max_tiles=1) for f in reference.sample(path, 5)])
+    assert torch.equal(item.feature, expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 6, 12])
+@pytest.mark.parametrize("size", [(40, 40), (500, 500), (900, 900), (640, 200), (300, 1100)])
+def test_pixels_of_an_image(size: tuple[int, int], most: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    picture = Image.fromarray(noise)
+    tiles = Published(448, torch.float32).tiles(picture, most, is_image=True)
+    assert torch.equal(tiles, reference.load(picture, most))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 12))
+def test_tile_layout(width: int, height: int, most: int) -> None:
+    assert tile_layout(width, height, 448, most) == reference.tile_grid(width, height, most)
+
+
+@given(st.integers(1, 100_000), st.integers(1, 768))
+def test_indices(total: int, count: int) -> None:
+    """The middles of equal segments, in order and in the video; a short one repeats frames."""
+    indices = Published(448, torch.float32).indices(total, count)
+    assert indices == sorted(indices)
+    assert len(indices) == count
+    assert 0 <= indices[0] <= indices[-1] <= max(0, total - 1)
+    middles = (np.arange(count) + 0.5) * (total - 1) / count
+    assert np.abs(indices - middles).max() <= 1.5
+
+
+@pytest.mark.parametrize("text", [f"{VIDEO}What?", f"{IMAGE}and{VIDEO}{VIDEO}\n?", f"{CONTEXT}\n?"])
+def test_without_corrections_it_is_upstream(model: Path, clip: Clip, text: str) -> None:
+    videos = [clip(seed=i) for i in range(text.count(VIDEO))]
+    noise = np.random.default_rng(0).integers(0, 256, (500, 900, 3), np.uint8)
+    images = [Image.fromarray(noise)] * (text.count(IMAGE) + text.count(CONTEXT))
+    with processor(model, vision_fixes=False) as process:
+        ours = process(text, videos, images)
+    with processor(model, upstream=True) as process:
+        theirs = process(text, videos, images)
+    assert ours.input_ids == theirs.input_ids
+    assert len(ours.mm_items) == len(theirs.mm_items)
+    for our, their in zip(ours.mm_items, theirs.mm_items, strict=True):
+        assert (our.modality, our.offsets) == (their.modality, their.offsets)
+        assert torch.equal(our.feature, their.feature)
+
+
+def test_corrections_matter(model: Path, clip: Clip) -> None:
+    """On a clip with texture, upstream's pixels are far from the reference's."""
+    with processor(model) as process:
+        ours = process(f"{VIDEO}?", [clip(640, 360)]).mm_items[0].feature
+    with processor(model, upstream=True) as process:
+        theirs = process(f"{VIDEO}?", [clip(640, 360)]).mm_items[0].feature
+    assert float((ours - theirs.float()).abs().mean()) > 0.3
+
+
+# --- Vision tower and projector ------------------------------------------------------------------
+
+
+def test_tower_layer_by_layer(model: Path, clip: Clip) -> None:
+    oracle = reference.InternVLOracle(model)
+    frames = reference.sample(Path(clip(640, 360)), 3)
+    tiles = torch.cat([reference.load(frame, max_tiles=1) for frame in frames])
+    found = internvl_upstream.run(model, tiles)
+    with torch.no_grad():
+        tower = oracle.model.model.vision_tower(tiles, output_hidden_states=True)
+        expected = [*tower.hidden_states, oracle.features(tiles)]
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,399 @@
+"""The processor's videos are qwen-vl-utils': pixels, grids, tokens, positions, and knobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
+from support.processor import Processor, sglang_processor
+from support.tiny import make_tiny_model
+from support.video import write_video
+
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+PROMPT = f"<|im_start|>user\nLook: {VIDEO}What happens?<|im_end|>\n<|im_start|>assistant\n"
+PATCH = {name: geometry.patch_size for name, geometry in PUBLISHED.items()}
+MODELS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FEW = {"min_pixels": 3136}  # keeps clips small
+
+Start = Callable[..., Processor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a processor is built from."""
+
+    config: Any
+    processor: Any
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """Tiny Qwen2-VL and Qwen2.5-VL, and for Qwen3-VL their tokenizer with its processor."""
+    import transformers
+    from sglang.srt.utils.hf_transformers.processor import get_processor
+
+    directory = tmp_path_factory.mktemp("models")
+    found = {}
+    for name in ("qwen2_5_vl", "qwen2_vl"):
+        path = make_tiny_model(directory / name, architecture=name, num_layers=1, vision_depth=1)
+        config = transformers.AutoConfig.from_pretrained(path)
+        found[name] = Model(config, get_processor(str(path)))
+    older = found["qwen2_5_vl"]
+    ids = {
+        name: getattr(older.config, name)
+        for name in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
+    found["qwen3_vl"] = Model(
+        transformers.Qwen3VLConfig(architectures=["Qwen3VLForConditionalGeneration"], **ids),
+        transformers.Qwen3VLProcessor(
+            transformers.Qwen2VLImageProcessor(patch_size=16),
+            older.processor.tokenizer,
+            transformers.Qwen3VLVideoProcessor(),
+        ),
+    )
+    return found
+
+
+@pytest.fixture
+def start(models: dict[str, Model]) -> Iterator[Start]:
+    """Build a processor; ``upstream=True`` is SGLang's own one."""
+    from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
+
+    from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor
+
+    with ExitStack() as stack:
+
+        def build(name: str, *, upstream: bool = False, **options: Any) -> Processor:
+            kind = QwenVLImageProcessor if upstream else QwenVLProcessor
+            model = models[name]
+            return stack.enter_context(
+                sglang_processor(kind, model.config, model.processor, **options)
+            )
+
+        yield build
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    directory = tmp_path_factory.mktemp("clips")
+
+    def write(frames: int, size: tuple[int, int], fps: float = 4.0, seed: int = 0) -> Path:
+        path = directory / f"{frames}-{size[0]}x{size[1]}-{fps}-{seed}.mp4"
+        if path.exists():
+            return path
+        return write_video(path, seconds=frames / fps, fps=fps, size=size, seed=seed)
+
+    return write
+
+
+def reference(
+    model: Model, name: str, videos: Sequence[tuple[Path, Mapping[str, Any]]], prompt: str
+) -> Any:
+    clips = [reference_video(path, knobs, image_patch_size=PATCH[name]) for path, knobs in videos]
+    return reference_inputs(model.processor, prompt, clips)
+
+
+def pixels(output: Any) -> torch.Tensor:
+    return torch.cat([item.feature for item in output.mm_items])
+
+
+def grids(output: Any) -> list[list[int]]:
+    rows = [item.model_specific_data["video_grid_thw"] for item in output.mm_items]
+    return torch.cat(rows).tolist()
+
+
+def assert_same(output: Any, expected: Any) -> None:
+    """Tokens, grids and pixels, to the bit."""
+    assert output.input_ids == expected["input_ids"][0].tolist()
+    assert grids(output) == expected["video_grid_thw"].tolist()
+    assert torch.equal(pixels(output), expected["pixel_values_videos"])
+
+
+# --- Sampling and resizing -------------------------------------------------------------------
+
+CLIPS = [
+    # frames, size, frames a second of the file, knobs
+    (2, (112, 84), 4.0, {}),
+    (3, (84, 112), 4.0, {}),
+    (5, (30, 28), 4.0, {}),
+    (37, (202, 114), 7.5, {}),
+    (61, (114, 202), 29.97, {"fps": 9}),
+    (90, (640, 36), 25.0, {"fps": 3.3}),
+    (300, (96, 64), 30.0, {"fps": 24}),
+    (300, (64, 96), 30.0, {"max_frames": 7, "min_frames": 5}),
+    (47, (66, 50), 10.0, {"nframes": 11}),
+    (40, (322, 182), 4.0, {"max_pixels": 20_000}),
+    (40, (322, 182), 4.0, {"max_pixels": 40_000, "total_pixels": 100_000}),
+    (12, (322, 182), 4.0, {"resized_height": 70, "resized_width": 200}),
+    (8, (1300, 724), 4.0, {"min_pixels": 128 * 32 * 32}),
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", CLIPS, ids=str)
+def test_video_is_the_references(
+    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str, case: Any
+) -> None:
+    frames, size, fps, knobs = case
+    video, knobs = clip(frames, size, fps), {**FEW, **knobs}
+    output = start(name, video=knobs)(PROMPT, [str(video)])
+    expected = reference(models[name], name, [(video, knobs)], PROMPT)
+    assert_same(output, expected)
+    if name == "qwen3_vl":
+        return  # its steps are videos of their own to M-RoPE
+    config, ids = models[name].config, expected["input_ids"][0]
+    assert torch.equal(output.mrope_positions, mrope_positions(config, expected, ids)[:, 0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_knobs(
+    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str
+) -> None:
+    """At least 128 tokens a frame, of 28 or 32 pixels."""
+    video = clip(20, (112, 84))
+    output = start(name)(PROMPT, [str(video)])
+    assert_same(output, reference(models[name], name, [(video, {})], PROMPT))
+
+
+def test_environment_bounds_the_pixels(
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    video = clip(40, (322, 182))
+    monkeypatch.setenv("VIDEO_MAX_PIXELS", "1e5")
+    output = start("qwen2_5_vl", video=FEW)(PROMPT, [str(video)])
+    knobs = {**FEW, "total_pixels": 100_000}
+    assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, knobs)], PROMPT))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_upstream_differs(
+    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str
+) -> None:
+    """What is corrected is there to be corrected, on these clips."""
+    resized, not_resized = clip(37, (202, 114), 7.5), clip(37, (224, 224), 7.5)
+    processor = start(name, video=FEW, upstream=True)
+    for video in (resized, not_resized):
+        expected = reference(models[name], name, [(video, FEW)], PROMPT)["pixel_values_videos"]
+        got = pixels(processor(PROMPT, [str(video)]))
+        assert got.shape != expected.shape or (got - expected).abs().max() > 0.1
+
+
+# --- Knobs of a request ----------------------------------------------------------------------
+
+WISHES = [
+    {"fps": 1},
+    {"fps": 0.3},
+    {"max_frames": 6},
+    {"max_pixels": 9000},
+    {"fps": 4, "max_frames": 9, "max_pixels": 12_000},
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_wish_of_a_request(
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    name: str,
+    wish: dict[str, Any],
+) -> None:
+    """As if the server had been started so; by mapping (``/generate``) and by ``VideoData``."""
+    from sglang.srt.utils import VideoData
+
+    video = clip(60, (202, 114))
+    processor = start(name, video=FEW)
+    expected = reference(models[name], name, [(video, {**FEW, **wish})], PROMPT)
+    assert_same(processor(PROMPT, [{"url": str(video), **wish}]), expected)
+    assert_same(processor(PROMPT, [VideoData(str(video), preprocess_kwargs=wish)]), expected)
+    without = processor(PROMPT, [str(video)])
+    assert grids(without) != expected["video_grid_thw"].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_wish_without_corrections(
+    start: Start, clip: Callable[..., Path], name: str, wish: dict[str, Any]
+) -> None:
+    """SGLang's own processor on a server that was started so."""
+    video = clip(60, (202, 114))
+    server = {**FEW, "do_normalize": False}  # a name for the video processor, not for sampling
+    ours = start(name, video=server, vision_fixes=False)
+    for knobs, asked in ((server, str(video)), ({**server, **wish}, {"url": str(video), **wish})):
+        output = ours(PROMPT, [asked])
+        expected = start(name, video=knobs, upstream=True)(PROMPT, [str(video)])
+        assert output.input_ids == expected.input_ids
+        assert grids(output) == grids(expected)
+        assert torch.equal(pixels(output), pixels(expected))
+        assert torch.equal(output.mrope_positions, expected.mrope_positions)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_videos_with_knobs_of_their_own(
+    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str
+) -> None:
+    first, second = clip(40, (202, 114)), clip(28, (84, 112), seed=1)
+    prompt = PROMPT.replace(VIDEO, f"{VIDEO} and {VIDEO}")
+    videos = [{"url": str(first), "fps": 1, "max_pixels": 9000}, {"url": str(second), "fps": 3}]
+    knobs = [(first, {**FEW, "fps": 1, "max_pixels": 9000}), (second, {**FEW, "fps": 3})]
+    output = start(name, video=FEW)(prompt, videos)
+    expected = reference(models[name], name, knobs, prompt)
+    assert_same(output, expected)
+
+
+def test_server_that_fixes_the_number_of_frames(start: Start, clip: Callable[..., Path]) -> None:
+    video = clip(60, (112, 84))
+    processor = start("qwen2_5_vl", video={**FEW, "nframes": 20})
+    for wish, steps in (
+        ({}, 10),
+        ({"max_frames": 8}, 4),
+        ({"max_frames": 64}, 10),
+        ({"fps": 1}, 7),
+        ({"fps": 2, "max_frames": 12}, 6),
+    ):
+        assert grids(processor(PROMPT, [{"url": str(video), **wish}]))[0][0] == steps
+
+
+def test_other_knobs_are_another_video_to_the_cache(
+    start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix caching knows a video by its hash."""
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem
+
+    from pevlm_sglang.families.qwen_vl import tower as vision
+
+    upstream = MultimodalDataItem.set_pad_value
+    monkeypatch.setattr(MultimodalDataItem, "set_pad_value", upstream)  # restored afterwards
+    vision.hash_frame_rates()
+    processor = start("qwen2_5_vl", video=FEW)
+
+    def hashed(**wish: Any) -> int:
+        [item] = processor(PROMPT, [{"url": str(clip(24, (112, 84))), **wish}]).mm_items
+        item.set_pad_value()
+        return int(item.hash)
+
+    wishes: list[dict[str, Any]] = [{}, {"fps": 1}, {"max_frames": 2}, {"max_pixels": 4000}]
+    assert len({hashed(**wish) for wish in wishes}) == len(wishes)
+    assert hashed(fps=1) == hashed(fps=1, max_pixels=600_000)  # the same frames
+
+
+@pytest.mark.parametrize("fixes", [True, False])
+@pytest.mark.parametrize(
+    ("server", "wish", "message"),
+    [
+        ({}, {"fps": 0}, "fps: expected a number of more than 0, got 0"),
+        ({}, {"fps": "2"}, "fps: expected a number"),
+        ({}, {"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
+        ({"max_frames": 10}, {"max_frames": 11}, "max_frames: expected at most 10"),
+        ({}, {"max_frames": 1.5}, "max_frames: expected a whole number"),
+        ({}, {"max_frames": 1}, "nframes"),
+        ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
+        ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
+        ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
+        ({}, {"frames": 3}, "video frames: expected one of fps, max_frames, max_pixels"),
+    ],
+)
+def test_bad_wish(
+    start: Start,
+    clip: Callable[..., Path],
+    fixes: bool,
+    server: dict[str, Any],
+    wish: dict[str, Any],
+    message: str,
+) -> None:
+    video = str(clip(12, (112, 84)))
+    processor = start("qwen2_5_vl", video={**FEW, **server}, vision_fixes=fixes)
+    with pytest.raises(ValueError, match=message):
+        processor(PROMPT, [{"url": video, **wish}])
+    assert processor(PROMPT, [video]).input_ids  # the next request is served
+
+
+def test_wish_below_the_servers_least(start: Start, clip: Callable[..., Path]) -> None:
+    """As in qwen-vl-utils, whose bounds must leave room for a frame."""
+    video = {"url": str(clip(12, (112, 84))), "max_pixels": 50_000}
+    with pytest.raises(ValueError, match="max_pixels: expected at least min_pixels, 100352 here"):
+        start("qwen2_5_vl")(PROMPT, [video])
+
+
+def test_frames_instead_of_a_file(start: Start) -> None:
+    """They are sampled already: left to SGLang, and no wish can be heeded."""
+    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
+    processor = start("qwen2_5_vl", video=FEW)
+    assert grids(processor(PROMPT, [frames])) == [[2, 4, 4]]
+    with pytest.raises(ValueError, match="expected an encoded video, got frames"):
+        processor(PROMPT, [{"url": frames, "fps": 1}])
+
+
+# --- Settings of the server ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ({"fps": 0}, "--mm-process-config: fps: expected more than 0, got 0"),
+        ({"fps": "2"}, "fps: expected a number"),
+        ({"max_frame": 8}, "video knob max_frame: expected one of fps, nframes"),
+        ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
+        ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
+        ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
+    ],
+)
+def test_bad_settings_of_the_server(
+    models: dict[str, Model], name: str, video: dict[str, Any], message: str
+) -> None:
+    from pevlm_sglang.families.registry import check_launch
+    from pevlm_sglang.settings.refusals import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match=message):
+        check_launch(models[name].config, video)
+    check_launch(models[name].config, {"fps": 1, "max_frames": 64})
+
+
+def test_max_pixels_of_a_chat_request() -> None:
+    """In a process of its own: the request model of this one stays as it is."""
+    import subprocess
+    import sys
+
+    code = """
+import json
+from pevlm_sglang.media.video_url import offer_max_pixels
+offer_max_pixels()
+offer_max_pixels()
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.parser.jinja_template_utils import process_content_for_template_format
+url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000, "max_frame": 3}
+body = {"model": "m", "messages": [
+    {"role": "user", "content": [{"type": "video_url", "video_url": url}]}]}
+message = ChatCompletionRequest.model_validate(body).messages[0].model_dump()
+videos = []
+process_content_for_template_format(message, "openai", [], videos, [], [])
+print(json.dumps(videos[0].preprocess_kwargs))
+body["messages"][0]["content"][0]["video_url"]["max_pixels"] = "many"
+try:
+    ChatCompletionRequest.model_validate(body)
+except ValueError as error:
+    assert "max_pixels" in str(error)
+else:
+    raise AssertionError("a bad value passed")
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kwargs = json.loads(out.stdout.splitlines()[-1])
+    assert kwargs == {"fps": 1.5, "max_frames": 9, "max_pixels": 7000}

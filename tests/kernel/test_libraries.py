@@ -1,0 +1,347 @@
+"""The adapters of FlashAttention and FlashInfer on emulated libraries, which read the metadata as
+the real ones do; and how ``auto`` chooses."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attention.test_plan import Batch, batches
+from kernel.test_implementations import batch_call, video_batch
+from kernel.test_packed import LAYOUTS, packed_call
+from pevlm_kernels import (
+    IMPLEMENTATIONS,
+    choice,
+    chosen_implementation,
+    flash,
+    flash_merged,
+    flash_paged,
+    flashinfer,
+    pevlm_prefill,
+    sdpa,
+)
+from pevlm_kernels.testing import (
+    Call,
+    assert_within_budget,
+    plain_attention,
+    random_call,
+    random_plan,
+)
+from support.emulated_kernels import PlannedPrefillWrapper, flash_attn_varlen_func
+
+AWKWARD = [(1, 1), (1, 63), (63, 63), (111, 111), (113, 203), (2, 3)]
+
+
+@pytest.fixture
+def emulated_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(flash, "is_installed", lambda module: True)
+    monkeypatch.setattr(flash, "_load", lambda module: flash_attn_varlen_func)
+
+
+@pytest.fixture
+def emulated_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("flashinfer")
+    library.BatchPrefillWithPagedKVCacheWrapper = PlannedPrefillWrapper
+    monkeypatch.setitem(__import__("sys").modules, "flashinfer", library)
+
+
+def check(module: types.ModuleType, call: Call, *, v_scale: float = 1.0) -> None:
+    """An adapter's output and log-sum-exp against the oracle and the reference."""
+    arguments = (call.q, call.k_cache, call.v_cache, call.plan)
+    scales = {"softmax_scale": call.softmax_scale, "v_scale": v_scale}
+    _, exact = choice.module_of("reference").prefill(*arguments, **scales)
+    call_scaled = call if v_scale == 1 else _with_values(call, call.v_cache * v_scale)
+    for _ in range(2):  # the second layer takes what the first derived from the plan
+        out, lse = module.prefill(*arguments, **scales)
+        assert_within_budget(out, call_scaled)
+        torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
+
+
+def _with_values(call: Call, values: torch.Tensor) -> Call:
+    return Call(call.q, call.k_cache, values, call.plan, call.mask, call.softmax_scale)
+
+
+def batch_calls(dtype: torch.dtype = torch.float32) -> list[Call]:
+    plan, mask = random_plan(AWKWARD, num_slots=240)
+    batch = video_batch()
+    slots = torch.zeros(batch.plan.total_q, batch.req_to_token.numel(), dtype=torch.bool)
+    for row, visible in enumerate(batch.expected()):
+        slots[row, list(visible)] = True
+    return [
+        random_call(plan, mask, num_q_heads=6, num_kv_heads=2, dtype=dtype),
+        random_call(batch.plan, slots, num_q_heads=14, num_kv_heads=2, dtype=dtype),
+    ]
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
+@pytest.mark.parametrize("v_scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flash_on_paged_batches(
+    module: types.ModuleType, v_scale: float, dtype: torch.dtype
+) -> None:
+    for call in batch_calls(dtype):
+        check(module, call.poisoned(), v_scale=v_scale)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_flash_on_packed_sequences(module: types.ModuleType, layout: tuple) -> None:
+    check(module, packed_call(*layout))
+
+
+@pytest.mark.usefixtures("emulated_flashinfer")
+@pytest.mark.parametrize("v_scale", [1.0, 0.5])
+def test_flashinfer(v_scale: float) -> None:
+    for call in [*batch_calls(), packed_call(*LAYOUTS["awkward blocks"])]:
+        check(flashinfer, call.poisoned(), v_scale=v_scale)
+
+
+@pytest.mark.usefixtures("emulated_flashinfer")
+def test_flashinfer_plans_once_for_all_layers() -> None:
+    (call, _) = batch_calls()
+    wrappers = {id(flashinfer._planned(call.q, call.k_cache, call.plan, 0.1)) for _ in range(3)}
+    assert len(wrappers) == 1
+    other = flashinfer._planned(call.q, call.k_cache, call.plan, 0.2)
+    assert id(other) not in wrappers
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
+@given(batch=batches(), seed=st.integers(0, 1000), most_keys=st.integers(1, 60))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flash_on_any_batch(
+    module: types.ModuleType, batch: Batch, seed: int, most_keys: int
+) -> None:
+    """Several requests, prefixes, text and decode rows, and little room for gathered keys."""
+    call = batch_call(batch, head_dim=16, seed=seed).poisoned()
+    exact = plain_attention(call, torch.float64).float()
+    arguments = (call.q, call.k_cache, call.v_cache, call.plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "gathered_keys", lambda *tensors: most_keys)
+        out, _ = module.prefill(*arguments, softmax_scale=call.softmax_scale, v_scale=1.0)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+def test_merged_reads_each_sink_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: dict[str, int] = {}
+    (_, call) = batch_calls()
+    for module in (flash, flash_merged):
+        keys: list[int] = []
+        monkeypatch.setattr(
+            flash, "varlen", lambda device, keys=keys: partial(_count, keys, flash_attn_varlen_func)
+        )
+        check(module, call)
+        gathered[module.__name__] = sum(keys) // 2
+    saved = sum(m * (end - first - 1) for first, end, m in call.plan.shared)
+    assert saved > 0
+    assert gathered["pevlm_kernels.flash"] == sum(call.plan.seqlens_k)
+    assert gathered["pevlm_kernels.flash_merged"] == sum(call.plan.seqlens_k) - saved
+
+
+def _count(keys: list[int], function: Callable, q, k, v, **kwargs) -> tuple:
+    keys.append(len(k))
+    return flash._call(function, "return_lse", q, k, v, **kwargs)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_merged])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_flash_on_an_fp8_cache(module: types.ModuleType, stored: torch.dtype) -> None:
+    (_, call) = batch_calls()
+    narrow = [cache.to(stored) for cache in (call.k_cache, call.v_cache)]
+    read = [cache.to(torch.float32) for cache in narrow]
+    scales = {"softmax_scale": call.softmax_scale * 0.5, "v_scale": 2.0}
+    out, _ = module.prefill(call.q, *narrow, call.plan, **scales)
+    expected = Call(call.q, read[0] * 0.5, read[1] * 2, call.plan, call.mask, call.softmax_scale)
+    assert_within_budget(out, expected)
+
+
+@pytest.mark.usefixtures("emulated_flash")
+@pytest.mark.parametrize("module", [flash, flash_merged])
+def test_batch_order_changes_no_bit(module: types.ModuleType) -> None:
+    batch = video_batch()
+    call = batch_call(batch, num_q_heads=14, num_kv_heads=2, dtype=torch.bfloat16)
+    order = [2, 0, 3, 1]
+    shuffled = Batch(
+        *([part[i] for i in order] for part in (batch.layouts, batch.prefix_lens)),
+        *([part[i] for i in order] for part in (batch.extend_lens, batch.rows)),
+        batch.req_to_token,
+        batch.req_pool_indices[order],
+    )
+    assert shuffled.plan.shared != call.plan.shared
+    rows = torch.arange(call.plan.total_q).split(batch.extend_lens)
+    places = torch.cat([rows[i] for i in order])
+    scales = {"softmax_scale": call.softmax_scale, "v_scale": 1.0}
+    out, lse = module.prefill(call.q, call.k_cache, call.v_cache, call.plan, **scales)
+    again = module.prefill(call.q[places], call.k_cache, call.v_cache, shuffled.plan, **scales)
+    assert torch.equal(again[0], out[places])
+    assert torch.equal(again[1], lse[:, places])
+
+
+def test_gathered_keys_fit_their_room() -> None:
+    q, cache = torch.empty(1, 28, 128, dtype=torch.bfloat16), torch.empty(1, 4, 128)
+    assert flash.gathered_keys(q, cache) * 2 * 4 * 128 * 2 == flash.GATHERED_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sdpa_shapes_of_the_gpu_operators(dtype: torch.dtype, causal: bool) -> None:
+    """PyTorch's shape functions for its GPU operators: heads in groups, a length of no tile."""
+    q = torch.empty(37, 6, 64, dtype=dtype, device="meta")
+    k = torch.empty(37 if causal else 50, 2, 64, dtype=dtype, device="meta")
+    out, lse = sdpa.fused_attention(q, k, k, causal=causal, softmax_scale=0.1)
+    assert (out.shape, lse.shape) == (q.shape, (6, 37))
+    assert lse.dtype == torch.float32
+
+
+# --- What the emulations take, the installed libraries take --------------------------------------
+
+
+def parameters_in_file(package: str, file: str, function: str) -> set[str]:
+    """Parameter names, from the source: neither library loads without a GPU."""
+    source = Path(str(distribution(package).locate_file(file))).read_text()
+    (found,) = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    ]
+    return {argument.arg for argument in found.args.args + found.args.kwonlyargs}
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "lse"),
+    [
+        ("sglang-kernel", "sgl_kernel/flash_attn.py", "return_softmax_lse"),
+        ("flash-attn-4", "flash_attn/cute/interface.py", "return_lse"),
+    ],
+)
+def test_flash_arguments_exist(package: str, file: str, lse: str) -> None:
+    own = set(inspect.signature(flash_attn_varlen_func).parameters)
+    others = {"return_softmax_lse", "return_lse", "return_attn_probs"} - {lse}
+    assert own - others <= parameters_in_file(package, file, "flash_attn_varlen_func")
+    assert lse in {library.lse_argument for library in flash.LIBRARIES}
+
+
+@pytest.mark.parametrize("method", ["plan", "run"])
+def test_flashinfer_arguments_exist(method: str) -> None:
+    library = pytest.importorskip("flashinfer")
+    real = inspect.signature(getattr(library.BatchPrefillWithPagedKVCacheWrapper, method))
+    own = inspect.signature(getattr(PlannedPrefillWrapper, method))
+    assert set(own.parameters) <= set(real.parameters)
+    positional = [n for n, p in own.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(real.parameters)[: len(positional)]
+
+
+# --- The choice ----------------------------------------------------------------------------------
+
+
+class OnGpu:
+    """What a refusal reads of a tensor on a GPU."""
+
+    def __init__(self, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.dtype, self.shape = torch.device("cuda", 0), dtype, (9, 4, head_dim)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend to have a GPU of some capability, and libraries by the start of their names."""
+
+    def pretend(capability: tuple[int, int], *libraries: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+        for module in (flash, choice):
+            monkeypatch.setattr(module, "is_installed", lambda name: name.startswith(libraries))
+        choice.missing_library.cache_clear()
+
+    yield pretend
+    choice.missing_library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "libraries", "expected"),
+    [
+        ((9, 0), ("sgl_kernel", "triton", "flashinfer"), "flash"),
+        ((9, 0), ("triton", "flashinfer"), "triton"),
+        ((8, 6), ("sgl_kernel", "triton"), "triton"),
+        ((8, 0), ("flash_attn.flash", "triton"), "flash"),
+        ((10, 0), ("flash_attn.cute", "triton"), "flash"),
+        ((12, 0), ("flashinfer",), "flashinfer"),
+        ((9, 0), (), "sdpa"),
+        ((7, 5), ("triton", "flashinfer", "flash_attn"), "sdpa"),
+    ],
+)
+def test_auto_goes_by_capability_and_libraries(
+    machine: Callable[..., None], capability: tuple, libraries: tuple, expected: str
+) -> None:
+    machine(capability, *(libraries or ("nothing",)))
+    tensors = (OnGpu(), OnGpu(), OnGpu())
+    assert chosen_implementation(*tensors) == expected
+
+
+def test_auto_goes_by_dtype_and_width(machine: Callable[..., None]) -> None:
+    machine((9, 0), "sgl_kernel", "triton", "flashinfer")
+    assert chosen_implementation(*[OnGpu(dtype=torch.float32)] * 3) == "triton"
+    assert chosen_implementation(*[OnGpu(head_dim=512)] * 3) == "sdpa"
+    narrow = OnGpu(head_dim=64)
+    assert chosen_implementation(OnGpu(), OnGpu(), narrow) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version"), [((8, 0), 2), ((8, 9), 2), ((9, 0), 3), ((10, 0), 4), ((12, 0), 4)]
+)
+def test_the_best_flash_attention_of_a_generation(
+    machine: Callable[..., None], capability: tuple, version: int
+) -> None:
+    machine(capability, "sgl_kernel", "flash_attn")
+    library = flash.library_for(capability)
+    assert library is not None
+    assert library.version == version
+
+
+def test_auto_on_the_cpu_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    choice._log_once.cache_clear()
+    caplog.set_level(logging.INFO, "pevlm_kernels")
+    q = torch.zeros(3, 2, 16)
+    assert [chosen_implementation(q, q, q) for _ in range(3)] == ["sdpa"] * 3
+    (record,) = caplog.records
+    assert record.message.startswith("impl auto takes sdpa (flash: expected tensors on a CUDA GPU")
+    assert chosen_implementation(q, q, q[..., :8]) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("impl", "capability", "error", "message"),
+    [
+        ("flashinfer", (9, 0), ModuleNotFoundError, "pip install flashinfer-python"),
+        ("triton", (9, 0), ModuleNotFoundError, "pip install triton"),
+        ("flash", (9, 0), ValueError, "pip install sglang-kernel or pip install flash-attn-4"),
+        ("flash", (7, 0), ValueError, r"compute capability \(7, 0\): none exists"),
+    ],
+)
+def test_a_missing_library_names_its_install_command(
+    machine: Callable[..., None], impl: str, capability: tuple, error: type, message: str
+) -> None:
+    machine(capability, "nothing")
+    with pytest.raises(error, match=message):
+        choice.require(impl, *[OnGpu()] * 3)
+
+
+@pytest.mark.parametrize("impl", set(IMPLEMENTATIONS) - {"reference", "sdpa"})
+def test_no_gpu_is_refused(impl: str) -> None:
+    plan, mask = random_plan([(3, 5)], num_slots=8)
+    call = random_call(plan, mask)
+    with pytest.raises(ValueError, match=f"impl '{impl}': expected tensors on a CUDA GPU"):
+        pevlm_prefill(call.q, call.k_cache, call.v_cache, plan, impl=impl)

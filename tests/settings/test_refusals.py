@@ -1,0 +1,124 @@
+"""support.py and bases: what PEVLM cannot serve is refused by name, with the reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pevlm_sglang.settings.config import PevlmConfig
+from pevlm_sglang.settings.refusals import (
+    _REFUSALS,
+    UnsupportedError,
+    check_server_args,
+    prefill_kernel,
+)
+
+CONFIG = PevlmConfig()
+
+
+def server_args(**changes: Any) -> SimpleNamespace:
+    """Resolved arguments of an ordinary server."""
+    ordinary = {refusal.option: refusal.unless[0] for refusal in _REFUSALS}
+    ordinary |= {
+        "prefill_attention_backend": None,
+        "attention_backend": "fa3",
+        "enable_deterministic_inference": False,
+    }
+    return SimpleNamespace(**(ordinary | changes))
+
+
+def test_ordinary_server_is_accepted() -> None:
+    check_server_args(server_args(), CONFIG)
+
+
+def test_option_that_a_release_lacks_is_passed_over() -> None:
+    args = server_args()
+    del args.use_ray
+    check_server_args(args, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("attn_cp_size", 2),
+        ("dcp_size", 2),
+        ("enable_prefill_cp", True),
+        ("enable_two_batch_overlap", True),
+        ("enable_pdmux", True),
+        ("dllm_algorithm", "LowConfidence"),
+        ("enable_unified_memory", True),
+        ("enable_page_major_kv_layout", True),
+        ("enable_hisparse", True),
+        ("speculative_adaptive", True),
+        ("use_ray", True),
+        ("encoder_only", True),
+        ("language_only", True),
+        ("disaggregation_mode", "prefill"),
+        ("enable_flexkv", True),
+        ("radix_cache_backend", "mine"),
+        ("enable_mis", True),
+        ("model_impl", "transformers"),
+        ("tokenizer_worker_num", 4),
+        ("smg_grpc_mode", True),
+        ("grpc_mode", True),
+        ("kv_cache_dtype", "fp4_e2m1"),
+    ],
+)
+def test_refused_options(option: str, value: Any) -> None:
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(
+        UnsupportedError, match=rf"^{flag}: expected .*, got {value}; .*Leave {flag}"
+    ):
+        check_server_args(server_args(**{option: value}), CONFIG)
+
+
+def test_every_refusal_has_a_case() -> None:
+    cases = test_refused_options.pytestmark[0].args[1]
+    assert {option for option, _ in cases} == {refusal.option for refusal in _REFUSALS}
+
+
+@pytest.mark.parametrize("base", ["triton", "fa4", "trtllm_mha", None])
+def test_deterministic_inference_wants_a_base_kernel(base: str | None) -> None:
+    args = server_args(attention_backend=base, enable_deterministic_inference=True)
+    with pytest.raises(UnsupportedError, match=r"^--enable-deterministic-inference: .* fa3"):
+        check_server_args(args, CONFIG)
+    args.prefill_attention_backend = "fa3"
+    check_server_args(args, CONFIG)
+    assert prefill_kernel(args, CONFIG) == "base"
+    check_server_args(args, PevlmConfig(prefill_kernel="base"))
+    with pytest.raises(UnsupportedError, match=r"--pevlm-prefill-kernel: expected base .* flash$"):
+        check_server_args(args, PevlmConfig(prefill_kernel="flash"))
+
+
+def test_kernel_is_as_asked_for() -> None:
+    assert prefill_kernel(server_args(), CONFIG) == "auto"
+    assert prefill_kernel(server_args(), PevlmConfig(prefill_kernel="flash")) == "flash"
+
+
+def test_unknown_base_backend_is_refused() -> None:
+    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.observe.observer import Observer
+
+    with pytest.raises(UnsupportedError, match=r"attention backend SimpleNamespace: PEVLM cannot"):
+        put_on(
+            SimpleNamespace(),
+            Observer(log=False, metrics=False),
+            layers=[],
+            dtype=torch.float32,
+        )
+
+
+def test_torch_native_on_a_gpu_is_refused() -> None:
+    """Its kernel runs on the CPU; the first long video would end the scheduler."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.observe.observer import Observer
+
+    backend = object.__new__(TorchNativeAttnBackend)
+    backend.device = "cuda"
+    with pytest.raises(UnsupportedError, match="torch_native on cuda: "):
+        put_on(backend, Observer(log=False, metrics=False), layers=[], dtype=torch.float32)
