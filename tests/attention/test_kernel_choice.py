@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from pevlm_kernels import IMPLEMENTATIONS
+from pevlm_kernels import IMPLEMENTATIONS, flash
+from pevlm_kernels.testing import random_plan
 from pevlm_sglang.attention import kernel_choice
+from pevlm_sglang.attention.bases import attach
 from pevlm_sglang.attention.bases.flash_attention import PevlmFlashAttention
 from pevlm_sglang.attention.bases.flashinfer import PevlmFlashInfer
 from pevlm_sglang.attention.bases.torch_native import PevlmTorchNative
 from pevlm_sglang.attention.bases.triton import PevlmTriton
 from pevlm_sglang.attention.bases.trtllm_mha import PevlmTrtllmMha
 from pevlm_sglang.attention.kernel_choice import ORDERS, choose, preference, requested_kernel
+from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings.config import BASE_BACKENDS, PREFILL_KERNELS, PevlmConfig
 from pevlm_sglang.settings.refusals import UnsupportedError
+from support.lookups import recorded_lookups
 
 
 class Pool:
@@ -195,3 +200,28 @@ def test_an_option_that_changes_the_scores_stops_the_server() -> None:
     of = mixin(PevlmTorchNative, _pevlm_plan=object(), pevlm_kernel="sdpa")
     with pytest.raises(NotImplementedError, match=r"sdpa: the model calls .* with sinks, expected"):
         of.forward_extend(None, None, None, layer(), None, sinks=torch.zeros(4), return_lse=False)
+
+
+def test_a_layer_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be found is found when the kernel is chosen, with no layer run yet."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
+    monkeypatch.setattr(flash, "refusal", lambda *tensors: None)
+    pool = Pool()
+    pool.buffer.zero_()
+    of = type("TorchNativeAttnBackend", (AttentionBackend,), {})()
+    of.device, of.token_to_kv_pool = "cpu", pool
+    q = torch.zeros(5, 4 * 16)
+    with recorded_lookups() as lookups:
+        attach(
+            of,
+            Observer(log=False, metrics=False),
+            layers=[layer()],
+            dtype=torch.float32,
+            kernel="flash",
+        )
+        assert any(lookup.startswith("find_spec ") for lookup in lookups)
+        of._pevlm_plan, _ = random_plan([(2, 4), (3, 3)], num_slots=8)
+        lookups.clear()
+        out = of.forward_extend(q, None, None, layer(), None, save_kv_cache=False)
+        assert not lookups
+    assert out.shape == q.shape
