@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from pevlm_kernels.merge import MERGED_BYTES
 from pevlm_kernels.types import PrefillPlan, upload_lists
 
 SCRATCH_BYTES = 512 * 2**20
-"""What a call of :func:`prefill` allocates at most besides its results, whatever the lengths: one
-half for gathered keys and values, a quarter for the results of one call of the library, and
-``MERGED_BYTES``. The library's own workspace is not counted."""
+"""What :func:`pevlm_kernels.flash.prefill` allocates at most besides its results, whatever the
+lengths: one half for the results of one call of the library; the other for gathered keys and
+values, and once they are gone for merging. The library's own workspace is not counted."""
 
 TABLE_ENTRIES = 2**24
 """Of one page table, int32, or one row where that is more. They are built once a forward: 4 MB for
@@ -51,7 +50,7 @@ def room_for(q: torch.Tensor, k_cache: torch.Tensor, *, paged: bool) -> Room:
     of_key = 2 * q.element_size() + (0 if same else k_cache.element_size())
     of_query = q.shape[2] * q.element_size() + 4 * 4  # and log-sum-exps
     keys = SCRATCH_BYTES // 2 // (k_cache.shape[1] * k_cache.shape[2] * of_key)
-    queries = (SCRATCH_BYTES // 2 - MERGED_BYTES) // (q.shape[1] * of_query)
+    queries = SCRATCH_BYTES // 2 // (q.shape[1] * of_query)
     # FlashAttention-4 pages heads of 16 up to 128; wider ones are gathered, on 3 too.
     fits = same and not q.shape[2] % 16 and q.shape[2] <= 128
     return Room(max(1, min(queries, keys)), max(1, keys), paged and fits)
