@@ -1,8 +1,8 @@
 """Hooks of MkDocs: pages are written for the repository, and also become a site.
 
 Links in them are relative in the repository, so that they work where its files are read. On the
-site, the documents of the top level are pages too, pictures come along wherever they lie, and a link
-to a source file leads to ``extra.source_url``, or is its text alone where that is not set.
+site, the documents of the top level are pages too, and pictures come along wherever they lie. A
+link to a source file leads to ``extra.source_url``, or is its text alone where that is not set.
 """
 
 from __future__ import annotations
