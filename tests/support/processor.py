@@ -11,8 +11,6 @@ from unittest import mock
 
 import torch
 
-from pevlm_sglang.settings.config import PevlmConfig
-
 
 class Processor:
     """Args:
@@ -42,7 +40,6 @@ def sglang_processor(
     hf_processor: Any,
     *,
     video: Mapping[str, Any] | None = None,
-    vision_fixes: bool = True,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -51,14 +48,12 @@ def sglang_processor(
         hf_config: of the model.
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
-        vision_fixes: of the plugin.
     """
     from sglang.srt.runtime_context import get_context
 
     context = get_context()
     with context.override_server_args(
         mm_process_config={"video": dict(video or {})},
-        _pevlm_config=PevlmConfig(vision_fixes=vision_fixes),
     ) as server_args:
         processor: Any = processor_class(
             hf_config, server_args, hf_processor, "default", skip_mm_pool=True

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.settings.config import PevlmConfig
-
-
-class UnsupportedError(ValueError):
-    """A setting, model or backend that PEVLM cannot serve; the server is refused with this
-    message."""
 
 
 class _Refusal(NamedTuple):

@@ -39,8 +39,8 @@ def write_preset(
     """
     launch = ["python", "-m", "sglang.launch_server", "--model-path", server["model_path"]]
     launch += ["--attention-backend", "pevlm", "--pevlm-config", str(path)]
-    if knobs := server.get("mm_process_config"):
-        launch += ["--mm-process-config", json.dumps(knobs)]
+    if settings := server.get("mm_process_config"):
+        launch += ["--mm-process-config", json.dumps(settings)]
     title = (
         "full attention unless a request asks for PEVLM" if setting.is_full else setting.in_words
     )
