@@ -192,7 +192,7 @@ def test_refusals_are_documented() -> None:
     page = _text("docs/compatibility.md")
     rows = documents.table(page, "## What is refused at start")
     named = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row[0])}
-    options = {"--" + refusal.option.replace("_", "-") for refusal in refusals._REFUSALS}
+    options = {refusal.flag for refusal in refusals.REFUSALS}
     assert named == options | {"--enable-deterministic-inference", "--dp-size"}
     rows = documents.table(page, "## Models that are refused")
     found = {name: reason for reason, cell in rows for name in re.findall(r"`(\w+)`", cell)}
