@@ -116,7 +116,7 @@ def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
         "from sglang.srt.managers.scheduler import Scheduler; del Scheduler.get_init_info;" + LAUNCH
     )
     written = _refusal(model("qwen2_5_vl"), "--attention-backend", "pevlm", code=code)
-    assert "PEVLM is not available: this SGLang lacks" in written
+    assert "PEVLM is not available: this SGLang has no" in written
     assert "Scheduler.get_init_info" in written
     assert "invalid choice: 'pevlm'" in written
 
