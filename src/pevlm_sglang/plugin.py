@@ -318,7 +318,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         embeddings.install(holder)
     except UnsupportedError as error:
         _stop(error)
-    corrections = (*family.corrections[architecture], embeddings.ONE_RUN)
+    corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))

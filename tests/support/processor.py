@@ -12,6 +12,11 @@ from unittest import mock
 import torch
 
 
+def without_pinned_memory() -> Any:
+    """SGLang pins frames outside its CPU platform; a CUDA build of torch cannot without a GPU."""
+    return mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
 class Processor:
     """Args:
     processor: SGLang's, or this plugin's.
@@ -25,7 +30,7 @@ class Processor:
         request = SimpleNamespace(
             image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
         )
-        with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor):
+        with without_pinned_memory():
             return asyncio.run(
                 self.sglang.process_mm_data_async(
                     image_data=request.image_data, input_text=text, request_obj=request
@@ -55,9 +60,10 @@ def sglang_processor(
     with context.override_server_args(
         mm_process_config={"video": dict(video or {})},
     ) as server_args:
-        processor: Any = processor_class(
-            hf_config, server_args, hf_processor, "default", skip_mm_pool=True
-        )
+        with without_pinned_memory():
+            processor: Any = processor_class(
+                hf_config, server_args, hf_processor, "default", skip_mm_pool=True
+            )
         try:
             yield Processor(processor)
         finally:

@@ -28,6 +28,8 @@ class Family:
         read_checkpoint: called in every process of the server before a configuration is read.
         load_processor: in place of SGLang's ``get_processor``, which it is given.
         install: called in every process of the server once the model is known.
+        needless: called with the model's configuration: of its corrections, those that this release
+            of SGLang makes needless, and that step aside.
         install_in_scheduler: called with the architecture before the model runs.
         chat_template: of SGLang's, for checkpoints whose own does not write placeholders.
         sent_by: how a request sends its video, in words.
@@ -44,12 +46,24 @@ class Family:
     load_processor: str | None = None
     install: str | None = None
     install_in_scheduler: str | None = None
+    needless: str | None = None
     chat_template: str | None = None
     sent_by: str = "`video_url`"
 
     @property
     def architectures(self) -> tuple[str, ...]:
         return tuple(self.checkpoints)
+
+    def corrected(self, hf_config: Any) -> tuple[str, ...]:
+        """What is corrected for a model, in words."""
+        needless = self.load("needless")
+        without = needless(hf_config) if needless is not None else ()
+        return tuple(
+            words
+            for name in hf_config.architectures
+            for words in self.corrections.get(name, ())
+            if words not in without
+        )
 
     def load(self, part: str) -> Any:
         """A part that is named as ``module:name``; None where the family has none."""

@@ -22,7 +22,7 @@ import dataclasses
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.qwen_vl import sizes, spans, timestamps
 
-_VIDEO = ("frames are sampled as by qwen-vl-utils", "frames are resized as by qwen-vl-utils")
+VIDEO = ("frames are sampled as by qwen-vl-utils", "frames are resized as by qwen-vl-utils")
 
 QWEN2_VL = Family(
     name="qwen_vl",
@@ -33,15 +33,16 @@ QWEN2_VL = Family(
     spans=spans,
     sizes=sizes,
     corrections={
-        "Qwen2VLForConditionalGeneration": _VIDEO,
+        "Qwen2VLForConditionalGeneration": VIDEO,
         "Qwen2_5_VLForConditionalGeneration": (
-            *_VIDEO,
+            *VIDEO,
             "temporal positions follow the sampled frame rate",
             "the vision tower attends within each step",
         ),
     },
     processor="qwen_vl.processor:QwenVLProcessor",
     install="qwen_vl.video_hash:install",
+    needless="qwen_vl.processor:needless_corrections",
     install_in_scheduler="qwen_vl.tower:install",
 )
 
@@ -53,8 +54,8 @@ QWEN3_VL = dataclasses.replace(
     },
     spans=timestamps,
     corrections={
-        "Qwen3VLForConditionalGeneration": _VIDEO,
-        "Qwen3VLMoeForConditionalGeneration": _VIDEO,
+        "Qwen3VLForConditionalGeneration": VIDEO,
+        "Qwen3VLMoeForConditionalGeneration": VIDEO,
     },
     install=None,
     install_in_scheduler=None,

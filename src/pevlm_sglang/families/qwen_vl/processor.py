@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from sglang.srt.multimodal.processors import qwen_vl as upstream
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
+from pevlm_sglang.families.qwen_vl import VIDEO
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
-from pevlm_sglang.media.video_file import decoding, length_and_rate
+from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references, sampled_upstream
+from pevlm_sglang.families.qwen_vl.video import sample_and_resize
 from pevlm_sglang.media.wishes import Wishes, split
 
 _METADATA = "pevlm_video_metadata"
-_FRAMES_AT_ONCE = 16  # of a resize, which computes in fp32
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
 
 
@@ -34,6 +33,7 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = _geometry(hf_config)
+        self._steps_aside = is_the_references(self.geometry)
 
     @classmethod
     def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -79,6 +79,8 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
         """Frames ``[T, 3, H, W]`` uint8 of a video, and their metadata for the processor."""
         server = _server_settings(self.geometry, self.video_config)
         settings = self.geometry.settings(with_wishes(server.given(), wish))
+        if self._steps_aside:
+            return await sampled_upstream(video, self.geometry, settings.given())
         work = self.io_executor.submit(sample_and_resize, video, self.geometry, settings)
         return await asyncio.wrap_future(work)
 
@@ -96,6 +98,11 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output
+
+
+def needless_corrections(hf_config: Any) -> tuple[str, ...]:
+    """See :class:`~pevlm_sglang.families.family.Family`."""
+    return VIDEO if is_the_references(_geometry(hf_config)) else ()
 
 
 def _geometry(hf_config: Any) -> QwenGeometry:
@@ -137,41 +144,3 @@ def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:
     elif wish.max_frames is not None and "nframes" in mixed:
         mixed["nframes"] = min(mixed["nframes"], wish.max_frames)
     return mixed
-
-
-def sample_and_resize(
-    video: Any, geometry: QwenGeometry, settings: VideoSettings
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Frames ``[T, 3, H, W]`` uint8, and their metadata as transformers takes it.
-
-    Args:
-        video: SGLang's ``VideoDecoderWrapper``.
-
-    Raises:
-        ValueError: a video with too few frames, or too long and narrow.
-
-    Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
-    in one piece and cast to fp32 at the end, to the same values.
-    """
-    total, fps = length_and_rate(video)
-    count = geometry.sampled_frames(total, fps, settings)
-    indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    with decoding():
-        frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
-    size = frames.shape[-1], frames.shape[-2]
-    width, height = geometry.resized(count, size, settings)
-    frames = torch.cat(
-        [
-            resize(part, [height, width], InterpolationMode.BICUBIC, antialias=True)
-            for part in frames.split(_FRAMES_AT_ONCE)
-        ]
-    )
-    if frames.device.type == "cpu" and torch.cuda.is_available():
-        frames = frames.pin_memory()  # as SGLang does
-    return frames, {
-        "fps": fps,
-        "duration": total / fps,
-        "total_num_frames": total,
-        "frames_indices": indices,
-        "video_backend": "torchcodec",
-    }
