@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from pevlm_sglang.families import refused
 from pevlm_sglang.observe.observer import DENSE_REASONS
-from pevlm_sglang.settings import flags, refusals
+from pevlm_sglang.settings import flags
 from pevlm_sglang.settings.config import PREFILL_KERNELS, PevlmConfig
 from support import documents
 from support.documents import ROOT
@@ -186,17 +185,6 @@ def test_options_stand_in_serving_with_their_defaults() -> None:
     assert not documented
     kernels = next(row for row in rows if "prefill-kernel" in row[0])
     assert set(re.findall(r"`(\w+)`", " ".join(kernels[1:]))) == set(PREFILL_KERNELS)
-
-
-def test_refusals_are_documented() -> None:
-    page = _text("docs/compatibility.md")
-    rows = documents.table(page, "## What is refused at start")
-    named = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row[0])}
-    options = {refusal.flag for refusal in refusals.REFUSALS}
-    assert named == options | {"--enable-deterministic-inference", "--dp-size"}
-    rows = documents.table(page, "## Models that are refused")
-    found = {name: reason for reason, cell in rows for name in re.findall(r"`(\w+)`", cell)}
-    assert found == refused.REASONS
 
 
 def test_metrics_and_reasons_are_documented() -> None:
