@@ -74,9 +74,9 @@ from pevlm_kernels.flash_calls import calls_of, room_for, token_table
 from pevlm_sglang import huggingface
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.plan import build_plan, virtual_sequences
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import Observer, RequestLayout
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 LENGTH, CHUNK, DECODE_ROWS = 100_000, 8_192, 63
 CPU_SHARE_LENGTH, CPU_TOKENS_PER_FRAME = 8_192, 16

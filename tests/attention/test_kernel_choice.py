@@ -19,9 +19,9 @@ from pevlm_sglang.attention.bases.torch_native import PevlmTorchNative
 from pevlm_sglang.attention.bases.triton import PevlmTriton
 from pevlm_sglang.attention.bases.trtllm_mha import PevlmTrtllmMha
 from pevlm_sglang.attention.kernel_choice import ORDERS, choose, preference, requested_kernel
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings.config import BASE_BACKENDS, PREFILL_KERNELS, PevlmConfig
-from pevlm_sglang.settings.refusals import UnsupportedError
 from support.lookups import recorded_lookups
 
 

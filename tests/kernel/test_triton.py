@@ -1,5 +1,5 @@
-"""The Triton kernel under its interpreter: test_implementations.py and test_packed.py again, in a
-process of its own, since the interpreter has to be chosen before triton is imported."""
+"""The Triton kernel under its interpreter: all of test_implementations.py and test_packed.py again,
+in a process of its own, since the interpreter has to be chosen before triton is imported."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ import torch
 from pevlm_kernels import PrefillPlan, bound
 from pevlm_kernels.choice import ON_GPU, refusal
 from pevlm_sglang.attention.backend import PevlmBackend
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.settings.config import PevlmConfig
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 BASE = "base"
 """The name of the base backend's own kernel, on rewritten metadata."""
