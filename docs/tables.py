@@ -1,6 +1,6 @@
 """The tables of the documentation that are made from the code.
 
-``python -m pevlm_sglang.tools.tables README.md docs/*.md`` writes each between its two markers, an
+``python docs/tables.py README.md docs/*.md`` writes each between its two markers, an
 HTML comment ``NAME: begin`` and one ``NAME: end``; a test keeps them true.
 """
 
