@@ -299,7 +299,8 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.runtime_context import get_parallel
 
-    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.attention.bases import attach
+    from pevlm_sglang.attention.kernel_choice import attention_layers, requested_kernel
 
     parallel = get_parallel()
     first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
@@ -314,12 +315,12 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     try:
         rule = registry.span_rule(hf_config)
         refusals.check_model(model_runner)
-        passed_over = put_on(
+        passed_over = attach(
             prefill_backend,
             observer,
-            layers=refusals.attention_layers(model_runner.model),
+            layers=attention_layers(model_runner.model),
             dtype=model_runner.dtype,
-            kernel=refusals.prefill_kernel(resolved_view(model_runner.server_args), config),
+            kernel=requested_kernel(resolved_view(model_runner.server_args), config),
         )
         holder = embeddings.EmbeddingHolder(observer)
         architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
