@@ -14,6 +14,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "at_least"), [("test_implementations.py", 80), ("test_packed.py", 20)])
 def test_under_the_interpreter(file: str, at_least: int) -> None:
     done = subprocess.run(
