@@ -75,7 +75,7 @@ def packages_with(*modules: str) -> set[str]:
             id="plan",
         ),
         pytest.param(
-            ("pevlm_sglang.tools.cli",), ("torch", "sglang", "requests", "numpy", "tqdm"), id="cli"
+            ("pevlm_sglang.tools.cli",), ("torch", "sglang", "openai", "numpy", "tqdm"), id="cli"
         ),
         pytest.param(
             ("pevlm_sglang.tune.client",),

@@ -9,16 +9,18 @@ as likely to favour one side as the other). The accuracy of several tasks is the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from accuracy.questions import TASKS
+from scipy import stats
 
 RESAMPLES = 10_000
+_BATCH = 200  # of them at once, which bounds the memory
 COLUMNS = ("video", "frames", "task", "question", "answer")
 
 
@@ -29,8 +31,8 @@ class Answers:
     Attributes:
         methods: names, in the order of ``right``.
         tasks: those that any question is of.
-        right: ``[methods, videos, tasks]`` float64, questions answered right.
-        asked: ``[videos, tasks]`` float64, questions.
+        right: ``[methods, tasks, videos]`` float64, questions answered right.
+        asked: ``[tasks, videos]`` float64, questions.
     """
 
     methods: Sequence[str]
@@ -43,10 +45,10 @@ class Answers:
         """Args: rows: one a question: ``video``, ``task``, and ``right``, method → bool."""
         number = {video: i for i, video in enumerate(sorted({row["video"] for row in rows}))}
         tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-        right = np.zeros((len(methods), len(number), len(tasks)))
-        asked = np.zeros((len(number), len(tasks)))
+        right = np.zeros((len(methods), len(tasks), len(number)))
+        asked = np.zeros((len(tasks), len(number)))
         for row in rows:
-            where = number[row["video"]], tasks.index(row["task"])
+            where = tasks.index(row["task"]), number[row["video"]]
             asked[where] += 1
             for i, method in enumerate(methods):
                 right[(i, *where)] += row["right"][method]
@@ -54,17 +56,16 @@ class Answers:
 
     def accuracy(self, method: str) -> dict[str, Any]:
         """``accuracy`` and ``interval`` of all, and by ``tasks`` with their ``questions``."""
-        right = self.right[self.methods.index(method)]
-        tasks = right.sum(0) / self.asked.sum(0)
-        by_draw = self._by_draw(method)
+        row = self.methods.index(method)
+        tasks, draws = _share(self.right[row], self.asked), self._draws[row]
         return {
             "accuracy": _rounded(tasks.mean()),
-            "interval": interval(by_draw.mean(1)),
+            "interval": interval(draws.mean(0)),
             "tasks": {
                 task: {
                     "accuracy": _rounded(tasks[j]),
-                    "interval": interval(by_draw[:, j]),
-                    "questions": int(self.asked[:, j].sum()),
+                    "interval": interval(draws[j]),
+                    "questions": int(self.asked[j].sum()),
                 }
                 for j, task in enumerate(self.tasks)
             },
@@ -86,49 +87,63 @@ class Answers:
             raise ValueError(f"weights: expected a sum of 0, got {dict(weights)}")
         # A video's share in each task's accuracy, so that its sign can be flipped as a whole.
         factors = np.array([weights.get(method, 0.0) for method in self.methods])
-        shares = np.tensordot(factors, self.right, 1) / self.asked.sum(0)
-        by_draw = np.sum([w * self._by_draw(method) for method, w in weights.items()], axis=0)
-        found = _tested(shares.mean(1), by_draw.mean(1))
-        found["tasks"] = {
-            task: _tested(shares[:, j], by_draw[:, j]) for j, task in enumerate(self.tasks)
-        }
-        return found
+        shares = np.tensordot(factors, self.right, 1) / self.asked.sum(1, keepdims=True)
+        draws = np.tensordot(factors, self._draws, 1)
+        found, *by_task = _tested(*(np.vstack([rows.mean(0), rows]) for rows in (shares, draws)))
+        return found | {"tasks": dict(zip(self.tasks, by_task, strict=True))}
 
     def ratio(self, method: str, base: str) -> dict[str, Any]:
         """``ratio`` of two accuracies, with its ``interval``."""
-        one, other = (
-            (self.right[self.methods.index(m)].sum(0) / self.asked.sum(0)).mean()
-            for m in (method, base)
-        )
-        draws = self._by_draw(method).mean(1) / self._by_draw(base).mean(1)
-        return {"ratio": _rounded(one / other), "interval": interval(draws)}
+        rows = [self.methods.index(name) for name in (method, base)]
+        one, other = _share(self.right[rows], self.asked).mean(1)
+        draws = self._draws[rows].mean(1)
+        return {"ratio": _rounded(one / other), "interval": interval(draws[0] / draws[1])}
 
-    def _by_draw(self, method: str) -> np.ndarray:
-        """``[RESAMPLES, tasks]`` accuracies of resampled videos; NaN is a task that none asks."""
-        draws = resamples(len(self.asked))
+    @cached_property
+    def _draws(self) -> np.ndarray:
+        """``[methods, tasks, RESAMPLES]`` accuracies of resampled videos; NaN is a task that none
+        asks."""
         with np.errstate(invalid="ignore"):
-            found: np.ndarray = (draws @ self.right[self.methods.index(method)]) / (
-                draws @ self.asked
-            )
-        return found
+            return resampled(_share, self.right, self.asked)
 
 
-@lru_cache(1)
-def resamples(videos: int) -> np.ndarray:
-    """``[RESAMPLES, videos]`` float64: how often each video is drawn; the same in every call."""
-    rng = np.random.default_rng(0)
-    return rng.multinomial(videos, [1 / videos] * videos, RESAMPLES).astype(np.float64)
+def resampled(statistic: Callable[..., np.ndarray], *values: np.ndarray) -> np.ndarray:
+    """``[..., RESAMPLES]``: a statistic of videos drawn again, the same ones in every call.
+
+    Args:
+        statistic: of ``values`` and the axis that it reduces.
+        values: ``[..., videos]`` each.
+    """
+    if values[0].shape[-1] == 1:  # of which scipy draws nothing
+        return np.repeat(statistic(*values, axis=-1)[..., None], RESAMPLES, -1)
+    found = stats.bootstrap(
+        values,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=_BATCH,
+        paired=True,
+        axis=-1,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return np.asarray(found.bootstrap_distribution)
 
 
-@lru_cache(1)
-def _signs(videos: int) -> np.ndarray:
-    return np.random.default_rng(1).choice([-1.0, 1.0], (RESAMPLES, videos))
-
-
-def sign_flip(shares: np.ndarray) -> float:
-    """The p-value of a sum of videos' differences, ``[videos]``, being 0 (two-sided)."""
-    extreme = abs(_signs(len(shares)) @ shares) >= abs(shares.sum()) - 1e-12
-    return float((extreme.sum() + 1) / (RESAMPLES + 1))
+def sign_flip(shares: np.ndarray) -> np.ndarray:
+    """The p-values ``[...]`` of sums of videos' differences, ``[..., videos]``, being 0
+    (two-sided)."""
+    found = stats.permutation_test(
+        (shares,),
+        # Rounded, so that sums which differ by the order of their terms alone are equal.
+        lambda shares, axis: abs(shares.sum(axis)).round(12),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=_BATCH,
+        alternative="greater",
+        axis=-1,
+        rng=np.random.default_rng(1),
+    )
+    return np.asarray(found.pvalue)
 
 
 def tested(shares: np.ndarray) -> dict[str, Any]:
@@ -137,7 +152,8 @@ def tested(shares: np.ndarray) -> dict[str, Any]:
     Args:
         shares: ``[videos]`` differences.
     """
-    return _tested(shares / len(shares), resamples(len(shares)) @ shares / len(shares))
+    row = shares[None]
+    return _tested(row / len(shares), resampled(np.mean, row))[0]
 
 
 def interval(draws: np.ndarray) -> list[float]:
@@ -187,12 +203,17 @@ def write(
     path.write_text(f'{head[:-2]},\n "questions": [\n  {body}\n ]\n}}\n')
 
 
-def _tested(shares: np.ndarray, by_draw: np.ndarray) -> dict[str, Any]:
-    return {
-        "difference": _rounded(shares.sum()),
-        "interval": interval(by_draw),
-        "p_value": _rounded(sign_flip(shares)),
-    }
+def _share(right: np.ndarray, asked: np.ndarray, axis: int = -1) -> np.ndarray:
+    share: np.ndarray = right.sum(axis) / asked.sum(axis)
+    return share
+
+
+def _tested(shares: np.ndarray, draws: np.ndarray) -> list[dict[str, Any]]:
+    """Of each row of ``[rows, videos]`` and ``[rows, RESAMPLES]``."""
+    return [
+        {"difference": _rounded(own.sum()), "interval": interval(drawn), "p_value": _rounded(p)}
+        for own, drawn, p in zip(shares, draws, sign_flip(shares), strict=True)
+    ]
 
 
 def _rounded(x: float) -> float:

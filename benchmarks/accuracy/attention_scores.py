@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy.answers import interval, resamples, tested
+from accuracy.answers import interval, resampled, tested
 from accuracy.card import MODEL, RESULTS, card
 from accuracy.claims import Claim, judged
 from accuracy.dataset import HELD_OUT_SCENES
@@ -153,7 +153,7 @@ def collect(
 
 def mean(values: np.ndarray) -> dict[str, Any]:
     """Of videos, with its interval."""
-    draws = resamples(len(values)) @ values / len(values)
+    draws = resampled(np.mean, values)
     return {"mean": round(float(values.mean()), 4), "interval": interval(draws)}
 
 

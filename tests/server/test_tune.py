@@ -58,7 +58,7 @@ def test_labelled(
     assert 0 < full["ttft_median_s"] <= full["ttft_p90_s"] < 60
     out = capsys.readouterr().out
     assert "never anything but full attention, and not recommended: 4 / 64" in out
-    points = (tmp_path / "points.jsonl").read_text()
+    measured = (tmp_path / "measurements.jsonl").read_text()
     assert (
         main(
             [
@@ -75,7 +75,7 @@ def test_labelled(
         )
         == 3
     )
-    assert (tmp_path / "points.jsonl").read_text() == points, "all were there"
+    assert (tmp_path / "measurements.jsonl").read_text() == measured, "all were there"
 
 
 def test_unlabelled_videos_sent_along(url: str, questions: Path, tmp_path: Path) -> None:

@@ -6,29 +6,26 @@ against the real one.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 PROMPT_TOKENS = 100
 ALL_PAIRS = PROMPT_TOKENS * (PROMPT_TOKENS + 1) // 2
 END = "<|im_end|>"
+CHAT = "/v1/chat/completions"
 
 
 class FakeServer:
-    """Answers on a loopback port until its ``with`` block ends.
+    """An SGLang server's paths on a server of pytest-httpserver.
 
     Attributes:
         url: of the server.
-        asked: bodies of all chat requests.
-        headers: of the last request.
-        order: paths of all POST requests.
         pevlm: PEVLM's configuration there; None leaves PEVLM out.
         info: other keys of ``/server_info``.
         wrong: (sink_frames, block_frames) → questions whose answer is ``wrong`` instead of their
@@ -40,10 +37,8 @@ class FakeServer:
         events: instead of an answer's own.
     """
 
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: dict[str, str] = {}
-        self.order: list[str] = []
+    def __init__(self, httpserver: HTTPServer) -> None:
+        self.url = httpserver.url_for("").rstrip("/")
         self.totals = [Counter[str](), Counter[str]()]
         self.dense: list[Counter[str]] = [Counter(), Counter()]
         self.pevlm: dict[str, Any] | None = {
@@ -53,7 +48,6 @@ class FakeServer:
             "image_runs": False,
             "base_backend": "torch_native",
             "prefill_kernel": "sdpa",
-            "vision_fixes": True,
             "frames_per_step": 2,
         }
         self.info: dict[str, Any] = {"model_path": "tiny", "version": "0.5.23", "device": "cpu"}
@@ -65,21 +59,28 @@ class FakeServer:
         self.prefilled = ALL_PAIRS
         self.refuse: tuple[int, Any] | None = None
         self.events: list[dict[str, Any]] | None = None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._log = httpserver.log
+        for path, method, respond in (
+            ("/server_info", "GET", lambda _: _json(self._server_info())),
+            ("/flush_cache", "POST", lambda _: Response("Cache flushed.")),
+            (CHAT, "POST", self._chat),
+        ):
+            httpserver.expect_request(path, method).respond_with_handler(respond)
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
+    @property
+    def requests(self) -> list[Request]:
+        """So far."""
+        return [request for request, _ in self._log]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    @property
+    def order(self) -> list[str]:
+        """Paths of all POST requests."""
+        return [request.path for request in self.requests if request.method == "POST"]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """Bodies of all chat requests."""
+        return [request.get_json() for request in self.requests if request.path == CHAT]
 
     def settings(self) -> list[tuple[int, int] | None]:
         """Of the chat requests so far; None is full attention."""
@@ -95,11 +96,15 @@ class FakeServer:
             state["pevlm"] = {**{n: totals[n] for n in names}, "dense_tokens": reasons}
         return {**self.info, "pevlm": self.pevlm, "internal_states": states}
 
+    def _chat(self, request: Request) -> Response:
+        if self.refuse is not None:
+            return _json(self.refuse[1], self.refuse[0])
+        return Response(_stream(*self._answer(request.get_json())), mimetype="text/event-stream")
+
     def _answer(self, body: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
         """Seconds to the first token, and the events."""
-        self.asked.append(body)
         setting, question = _setting(body), body["messages"][0]["content"][1]["text"]
-        replica = len(self.asked) % len(self.totals)
+        replica = self.order.count(CHAT) % len(self.totals)
         saved = 1000 if setting and self.sparse else 0
         if not saved:
             self.dense[replica]["short_video" if setting else "disabled"] += PROMPT_TOKENS
@@ -114,56 +119,6 @@ class FakeServer:
         other = question.split()[-1] if wrong else "wrong"
         logprob = -0.1 if setting is None else -0.3
         return delay, events(word, (word, logprob), other=(other, -2.0))
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # or every request waits 40 ms
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                fake.headers = dict(self.headers)
-                self._send(200, fake._server_info())
-
-            def do_POST(self) -> None:
-                fake.headers = dict(self.headers)
-                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                fake.order.append(self.path.partition("?")[0])
-                if self.path.startswith("/flush_cache"):
-                    self._send(200, "Cache flushed.")
-                elif fake.refuse is not None:
-                    self._send(*fake.refuse)
-                else:
-                    with contextlib.suppress(ConnectionError):  # a client that gave up
-                        self._stream(*fake._answer(json.loads(data)))
-
-            def _send(self, status: int, content: Any) -> None:
-                text = content if isinstance(content, str) else json.dumps(content)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def _stream(self, delay: float, found: list[dict[str, Any]]) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
-                for number, event in enumerate(found):
-                    if number == 1:  # the first holds the role alone
-                        time.sleep(delay)
-                    self._chunk(f"data: {json.dumps(event)}\n\n".encode())
-                self._chunk(b"data: [DONE]\n\n")
-                self._chunk(b"")
-
-            def _chunk(self, data: bytes) -> None:
-                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-        return Handler
 
 
 def events(
@@ -181,6 +136,18 @@ def events(
         {"choices": [{"delta": {"content": None}, "finish_reason": "stop"}]},
         {"choices": [], "usage": usage},
     ]
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content), status, mimetype="application/json")
+
+
+def _stream(delay: float, found: list[dict[str, Any]]) -> Iterator[str]:
+    for number, event in enumerate(found):
+        if number == 1:  # the first holds the role alone
+            time.sleep(delay)
+        yield f"data: {json.dumps(event)}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_httpserver import HTTPServer
 
 from pevlm_sglang.tools.cli import main
 from support.fake_server import FakeServer
@@ -17,10 +18,10 @@ SIZES = ["--sink-frames", "2", "4", "--block-frames", "4", "8"]
 
 
 @pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        fake.delays[None] = 0.05
-        yield fake
+def server(httpserver_ipv4: HTTPServer) -> FakeServer:
+    fake = FakeServer(httpserver_ipv4)
+    fake.delays[None] = 0.05
+    return fake
 
 
 @pytest.fixture

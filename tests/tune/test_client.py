@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,6 @@ from pevlm_sglang.tune.client import Client, ServerError, Token
 from support.fake_server import ALL_PAIRS, PROMPT_TOKENS, FakeServer, events
 
 SPARSE = {"enabled": True, "sink_frames": 2, "block_frames": 4}
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -41,7 +35,7 @@ def test_what_is_sent(server: FakeServer, video: Path) -> None:
     assert body["custom_params"] == {"pevlm": SPARSE}
     assert (body["temperature"], body["max_tokens"]) == (0, 7)
     assert (body["logprobs"], body["top_logprobs"]) == (True, 5)
-    assert server.headers["Authorization"] == "Bearer secret"
+    assert server.requests[-1].headers["Authorization"] == "Bearer secret"
 
 
 def test_what_is_left_to_the_server(server: FakeServer, video: Path) -> None:

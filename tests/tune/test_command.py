@@ -16,15 +16,15 @@ import pytest
 
 from pevlm_sglang.settings.config import PevlmConfig, resolve
 from pevlm_sglang.tune import plot
-from pevlm_sglang.tune.points import open_points
+from pevlm_sglang.tune.measurements import open_measurements
 from support.fake_server import FakeServer
 from tune.conftest import COLOURS, SIZES
 
 SETTINGS = [None, (2, 4), (2, 8), (4, 4), (4, 8)]
 
 
-def points(tmp_path: Path) -> list[dict[str, Any]]:
-    lines = (tmp_path / "out" / "points.jsonl").read_text().splitlines()
+def measurements(tmp_path: Path) -> list[dict[str, Any]]:
+    lines = (tmp_path / "out" / "measurements.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -110,10 +110,10 @@ def test_full_attention_as_a_preset(
     """Beside the server's own options that change answers."""
     server.wrong = {setting: {"Say red"} for setting in SETTINGS if setting}
     assert server.pevlm is not None
-    server.pevlm["vision_fixes"] = False
+    server.pevlm["image_runs"] = True
     assert run(questions) == 0
     preset = resolve(tmp_path / "out" / "preset.yaml", {})
-    assert preset == PevlmConfig(enabled=False, vision_fixes=False)
+    assert preset == PevlmConfig(enabled=False, image_runs=True)
 
 
 def test_no_setting_within_the_limit(
@@ -134,7 +134,7 @@ def test_no_setting_within_the_limit(
 # --- Going on --------------------------------------------------------------------------------
 
 
-def test_finished_points_are_not_measured_again(
+def test_finished_measurements_are_not_measured_again(
     server: FakeServer, questions: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:
     assert run(questions) == 0
@@ -157,12 +157,12 @@ def test_torn_line_is_measured_again(
     server: FakeServer, questions: Path, run: Callable[..., int], tmp_path: Path
 ) -> None:
     assert run(questions) == 0
-    file = tmp_path / "out" / "points.jsonl"
+    file = tmp_path / "out" / "measurements.jsonl"
     file.write_bytes(file.read_bytes()[:-10])
     before = len(server.asked)
     assert run(questions) == 0
-    assert len(server.asked) == before + 2, "the point, and its setting's warm-up"
-    assert len(points(tmp_path)) == 30
+    assert len(server.asked) == before + 2, "that one, and its setting's warm-up"
+    assert len(measurements(tmp_path)) == 30
 
 
 def test_interrupted(
@@ -176,7 +176,7 @@ def test_interrupted(
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True
     )
-    file = tmp_path / "out" / "points.jsonl"
+    file = tmp_path / "out" / "measurements.jsonl"
     deadline = time.monotonic() + 60
     while not file.exists() or file.read_bytes().count(b"\n") < 7:
         assert time.monotonic() < deadline
@@ -185,17 +185,17 @@ def test_interrupted(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    finished = points(tmp_path)
+    finished = measurements(tmp_path)
     assert 7 <= len(finished) < 30
-    assert f"interrupted; {len(finished)} of 30 points are in" in stderr
+    assert f"interrupted; {len(finished)} of 30 measurements are in" in stderr
     assert f"to go on: pevlm tune {questions} --latency 10" in stderr
     assert "Traceback" not in stderr
 
     server.delays.clear()
     assert run(questions) == 0
-    keys = [(json.dumps(point["setting"]), point["question"]) for point in points(tmp_path)]
+    keys = [(json.dumps(one["setting"]), one["question"]) for one in measurements(tmp_path)]
     assert len(keys) == len(set(keys)) == 30
-    assert points(tmp_path)[: len(finished)] == finished
+    assert measurements(tmp_path)[: len(finished)] == finished
 
 
 def other_model(server: FakeServer) -> None:
@@ -218,7 +218,7 @@ def other_sampling(server: FakeServer) -> None:
         (other_sampling, '"fps": 2}}, this run has {"video": {"fps": 1}}; use another --output'),
     ],
 )
-def test_points_of_another_server_are_not_mixed_in(
+def test_measurements_of_another_server_are_not_mixed_in(
     server: FakeServer,
     questions: Path,
     run: Callable[..., int],
@@ -237,19 +237,19 @@ def test_points_of_another_server_are_not_mixed_in(
 def test_one_run_at_a_time(
     questions: Path, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_points(tmp_path / "out", {}):
+    with open_measurements(tmp_path / "out", {}):
         assert run(questions) == 2
     assert "another run is writing there" in capsys.readouterr().err
 
 
-def test_broken_points(
+def test_broken_measurements(
     questions: Path, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(questions) == 0
-    file = tmp_path / "out" / "points.jsonl"
+    file = tmp_path / "out" / "measurements.jsonl"
     file.write_bytes(b'{"setting": 3}\n' + file.read_bytes())
     assert run(questions) == 2
-    assert "points.jsonl, line 1: expected a point" in capsys.readouterr().err
+    assert "measurements.jsonl, line 1: expected a measurement" in capsys.readouterr().err
     assert len(file.read_bytes().splitlines()) == 31, "nothing is thrown away"
 
 

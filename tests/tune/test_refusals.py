@@ -56,7 +56,7 @@ def test_a_server_that_does_not_do_it(
     assert not (tmp_path / "out" / "preset.yaml").exists()
 
 
-def test_points_before_an_error_are_kept(
+def test_measurements_before_an_error_are_kept(
     server: FakeServer,
     questions: Path,
     run: Callable[..., int],
@@ -72,8 +72,8 @@ def test_points_before_an_error_are_kept(
 
     monkeypatch.setattr(server, "_answer", third_question_fails)
     assert run(questions) == 2
-    assert "15 of 30 points are in" in capsys.readouterr().err
-    assert len((tmp_path / "out" / "points.jsonl").read_text().splitlines()) == 15
+    assert "15 of 30 measurements are in" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "measurements.jsonl").read_text().splitlines()) == 15
 
 
 def test_pevlm_that_is_off(

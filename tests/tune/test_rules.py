@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from pevlm_sglang.tune.client import Answer, Token, Work
-from pevlm_sglang.tune.points import FULL, Point, Setting
+from pevlm_sglang.tune.measurements import FULL, Measurement, Setting
 from pevlm_sglang.tune.questions import Question
-from pevlm_sglang.tune.recommend import Limit, recommend
 from pevlm_sglang.tune.report import table, verdict, warnings
-from pevlm_sglang.tune.results import Evaluation, evaluate
+from pevlm_sglang.tune.results import Evaluation, Limit, evaluate, recommend
 from pevlm_sglang.tune.scoring import is_right, logprob_difference
 
 SMALL, LARGE = Setting(2, 4), Setting(16, 16)
@@ -97,8 +96,10 @@ def make_evaluation(
         for i, (question, text, time) in enumerate(zip(questions, texts, times, strict=True)):
             skipped = (saved or {}).get(setting, [0 if setting.is_full else 50] * number)[i]
             answer = Answer(text, time, 13, (Token(text, -0.1, {text: -0.1}),), "stop")
-            point = Point(setting, question.key, answer, Work(100 - skipped, skipped, 1, {}))
-            done[setting, question.key] = point
+            measured = Measurement(
+                setting, question.key, answer, Work(100 - skipped, skipped, 1, {})
+            )
+            done[setting, question.key] = measured
     return evaluate(questions, [*rows], done)
 
 

@@ -14,23 +14,27 @@ import base64
 import json
 import mimetypes
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-from urllib3.exceptions import ReadTimeoutError
+import httpx
+import openai
 
 from pevlm_sglang.layout import full_pairs
 
 SERVER_INFO_KEY = "pevlm"
 """Of PEVLM's configuration in ``/server_info``, and of its totals in each internal state there."""
 
+_CHAT = "/v1/chat/completions"
 _CONNECT_TIMEOUT = 10.0  # seconds
 _FLUSH_TIMEOUT = 30  # seconds that the server waits for its running requests
 _SHOWN = 500  # characters of a server's message
+_LONGER = "a longer timeout helps if it only works slowly"
+_WITHOUT_PEVLM = "the server runs without PEVLM; start it with --attention-backend pevlm"
 
 
 class ServerError(ValueError):
@@ -97,9 +101,17 @@ class Work:
         """Whether this is the prefill of one prompt, from its first token and of nothing else."""
         return self.pairs_computed + self.pairs_saved == full_pairs(0, prompt_tokens)
 
+    def since(self, before: Work) -> Work:
+        return Work(
+            self.pairs_computed - before.pairs_computed,
+            self.pairs_saved - before.pairs_saved,
+            self.vision_runs - before.vision_runs,
+            dict(Counter(self.dense_tokens) - Counter(before.dense_tokens)),
+        )
+
 
 class Client:
-    """Requests to one server, without the environment's proxies.
+    """Requests to one server, without the environment's proxies and without second tries.
 
     Args:
         url: of the server, such as ``http://localhost:30000``.
@@ -107,6 +119,9 @@ class Client:
         embed_videos: send local files in the request (``data:`` URLs), for a server on another
             machine; otherwise the server opens the path itself.
         api_key: of a server that was started with ``--api-key``.
+
+    Attributes:
+        api: the OpenAI client of the same server, for requests of other forms.
 
     Every method raises ServerError where the server is not reachable or refuses.
     """
@@ -122,10 +137,18 @@ class Client:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.embed_videos = embed_videos
-        self._session = requests.Session()
-        self._session.trust_env = False
-        if api_key:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        try:
+            self.api = openai.OpenAI(
+                base_url=f"{self.url}/v1",
+                api_key=api_key or "",  # None would be the environment's
+                max_retries=0,
+                timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT),
+                http_client=openai.DefaultHttpxClient(
+                    trust_env=False, event_hooks={"request": [_note_start]}
+                ),
+            )
+        except httpx.InvalidURL as error:
+            raise ServerError(f"{url}: expected a server's URL, got {error}") from None
 
     def ask(
         self,
@@ -135,6 +158,7 @@ class Client:
         setting: Mapping[str, Any] | None = None,
         max_tokens: int = 16,
         top_logprobs: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Ask about a video, with greedy decoding.
 
@@ -145,29 +169,31 @@ class Client:
             max_tokens: of the answer.
             top_logprobs: log-probs of this many likeliest tokens at every place, 0 of the answer's
                 alone; None asks for no log-probs.
+            sampling: of this video's frames, such as ``max_frames``.
 
         Raises:
             ServerError: see the class; also a stream without a token, or without usage.
             ValueError: the file cannot be read.
         """
-        content = [
-            {"type": "video_url", "video_url": {"url": self._video_url(video)}},
-            {"type": "text", "text": question},
-        ]
-        body: dict[str, Any] = {
-            "model": "default",
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        options: dict[str, Any] = {}
         if setting is not None:
-            body["custom_params"] = {"pevlm": dict(setting)}
+            options["extra_body"] = {"custom_params": {"pevlm": dict(setting)}}
         if top_logprobs is not None:
-            body |= {"logprobs": True, "top_logprobs": top_logprobs}
-        data = json.dumps(body).encode()  # a large video's text is not made under the clock
-        return self._read(self._stream("/v1/chat/completions", data))
+            options |= {"logprobs": True, "top_logprobs": top_logprobs}
+        messages = about({"url": self._video_url(video), **(sampling or {})}, question)
+        with (
+            self._errors(_CHAT),
+            self.api.chat.completions.create(
+                model="default",
+                messages=messages,
+                max_tokens=max_tokens,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                **options,
+            ) as stream,
+        ):
+            return self._read(stream)
 
     def measure(self, video: Path | str, question: str, **options: Any) -> tuple[Answer, Work]:
         """``ask`` on empty caches.
@@ -178,24 +204,31 @@ class Client:
         self.flush()
         before = self.counters()
         answer = self.ask(video, question, **options)
-        return answer, _difference(before, self.counters())
+        return answer, self.counters().since(before)
 
     def flush(self) -> None:
         """Empty the prefix cache, once running requests have ended."""
-        self._json_or_text("POST", f"/flush_cache?timeout={_FLUSH_TIMEOUT}")
+        path = f"/flush_cache?timeout={_FLUSH_TIMEOUT}"
+        with self._errors(path):
+            self.api.post(self.url + path, cast_to=httpx.Response)
 
     def info(self) -> dict[str, Any]:
         """``/server_info``."""
-        response = self._json_or_text("GET", "/server_info")
-        if not isinstance(response, dict):
+        with self._errors("/server_info"):
+            response = self.api.get(f"{self.url}/server_info", cast_to=httpx.Response)
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
             raise ServerError(f"{self.url}/server_info: expected a JSON object; is it SGLang?")
-        return response
+        return found
 
     def config(self) -> dict[str, Any]:
         """PEVLM's configuration on the server, with ``frames_per_step`` and ``base_backend``."""
         config = self.info().get(SERVER_INFO_KEY)
         if not isinstance(config, dict):
-            raise self._without_pevlm()
+            raise ServerError(f"{self.url}: {_WITHOUT_PEVLM}")
         return config
 
     def counters(self) -> Work:
@@ -203,16 +236,12 @@ class Client:
         states = self.info().get("internal_states") or []
         totals = [state[SERVER_INFO_KEY] for state in states if SERVER_INFO_KEY in state]
         if not totals or len(totals) < len(states):
-            raise self._without_pevlm()
-        reasons = {reason for total in totals for reason in total["dense_tokens"]}
+            raise ServerError(f"{self.url}: {_WITHOUT_PEVLM}")
         return Work(
             pairs_computed=sum(total["pairs_computed"] for total in totals),
             pairs_saved=sum(total["pairs_saved"] for total in totals),
             vision_runs=sum(total["vision_runs"] for total in totals),
-            dense_tokens={
-                reason: sum(total["dense_tokens"].get(reason, 0) for total in totals)
-                for reason in sorted(reasons)
-            },
+            dense_tokens=sum((Counter(total["dense_tokens"]) for total in totals), Counter()),
         )
 
     def _video_url(self, video: Path | str) -> str:
@@ -226,21 +255,21 @@ class Client:
         kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
-    def _read(self, events: Iterator[tuple[float, dict[str, Any]]]) -> Answer:
-        """The answer in a stream of (seconds since sending, event)."""
+    def _read(self, stream: openai.Stream[Any]) -> Answer:
         ttft: float | None = None
         prompt_tokens, finish_reason = 0, ""
         text: list[str] = []
         tokens: list[Token] = []
-        for seconds, event in events:
-            prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", prompt_tokens)
-            for choice in event.get("choices") or []:
-                piece = choice.get("delta", {}).get("content") or ""
-                found = (choice.get("logprobs") or {}).get("content") or []
-                finish_reason = choice.get("finish_reason") or finish_reason
+        for event in stream:
+            if event.usage:
+                prompt_tokens = event.usage.prompt_tokens
+            for choice in event.choices:
+                piece = choice.delta.content or ""
+                found = (choice.logprobs and choice.logprobs.content) or []
+                finish_reason = choice.finish_reason or finish_reason
                 # The first event holds the role alone. A token may decode to no text.
                 if ttft is None and (piece or found or finish_reason):
-                    ttft = seconds
+                    ttft = time.perf_counter() - stream.response.request.extensions["start"]
                 text.append(piece)
                 tokens += map(_token, found)
         if ttft is None or not prompt_tokens or not finish_reason:
@@ -251,74 +280,47 @@ class Client:
         whole = "".join(text)
         return Answer(whole, ttft, prompt_tokens, _spelling(whole, tokens), finish_reason)
 
-    def _stream(self, path: str, data: bytes) -> Iterator[tuple[float, dict[str, Any]]]:
-        headers = {"Content-Type": "application/json"}
-        start = time.perf_counter()
-        with self._request("POST", path, data=data, headers=headers, stream=True) as response:
-            for line in response.iter_lines():
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[len(b"data: ") :])
-                if "error" in event:
-                    raise ServerError(f"{self.url}{path}: {_message(event)}")
-                yield time.perf_counter() - start, event
-
-    def _json_or_text(self, method: str, path: str) -> Any:
-        with self._request(method, path) as response:
-            try:
-                return response.json()
-            except requests.JSONDecodeError:
-                return response.text
-
     @contextmanager
-    def _request(self, method: str, path: str, **options: Any) -> Iterator[requests.Response]:
+    def _errors(self, path: str) -> Iterator[None]:
+        """Whatever goes wrong with a request, in one line."""
         try:
-            with self._session.request(
-                method, self.url + path, timeout=(_CONNECT_TIMEOUT, self.timeout), **options
-            ) as response:
-                if response.status_code != 200:
-                    raise ServerError(
-                        f"{self.url}{path}: expected HTTP 200, got {response.status_code}: "
-                        f"{_message(_decoded(response))}"
-                    )
-                yield response
-        except requests.RequestException as error:
-            raise ServerError(f"{self.url}{path}: {self._failure(error)}") from None
-
-    def _failure(self, error: requests.RequestException) -> str:
-        # requests passes on a time-out within a stream as a ConnectionError.
-        wrapped = error.args[0] if error.args else None
-        if isinstance(error, requests.ReadTimeout) or isinstance(wrapped, ReadTimeoutError):
-            return (
-                f"the server was silent for {self.timeout:g} s; a longer timeout helps if it only "
-                "works slowly"
-            )
-        shown = f"{type(error).__name__}: {str(error)[:_SHOWN]}"
-        return f"expected an answer of a running SGLang server, got {shown}"
-
-    def _without_pevlm(self) -> ServerError:
-        return ServerError(
-            f"{self.url}: the server runs without PEVLM; start it with --attention-backend pevlm"
-        )
+            yield
+        except openai.APIStatusError as error:
+            what = f"expected HTTP 200, got {error.status_code}: {_message(error.body)}"
+        except (openai.APIConnectionError, httpx.TransportError) as error:
+            # Within a stream, httpx's own errors come through.
+            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+            what = f"{type(cause).__name__}: {str(cause)[:_SHOWN]}"
+            what = f"expected an answer of a running SGLang server, got {what}"
+            if isinstance(cause, httpx.ReadTimeout):
+                what = f"the server was silent for {self.timeout:g} s; {_LONGER}"
+        except openai.APIError as error:  # an event of a stream
+            what = _message(error.body)
+        else:
+            return
+        raise ServerError(f"{self.url}{path}: {what}")
 
 
-def _difference(before: Work, after: Work) -> Work:
-    return Work(
-        after.pairs_computed - before.pairs_computed,
-        after.pairs_saved - before.pairs_saved,
-        after.vision_runs - before.vision_runs,
-        {
-            reason: tokens - before.dense_tokens.get(reason, 0)
-            for reason, tokens in after.dense_tokens.items()
-        },
-    )
+def about(video: Mapping[str, Any], text: str) -> list[Any]:
+    """The messages of a question about one video; ``openai`` has no type for ``video_url``.
+
+    Args:
+        video: ``url``, and what the request wishes of the sampling (``fps``, ``max_frames``).
+    """
+    content = [{"type": "video_url", "video_url": video}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 
-def _token(found: Mapping[str, Any]) -> Token:
+def _note_start(request: httpx.Request) -> None:
+    """Called before sending: a large video's JSON is not made under the clock."""
+    request.extensions["start"] = time.perf_counter()
+
+
+def _token(found: Any) -> Token:
     top: dict[str, float] = {}
-    for other in found.get("top_logprobs") or []:
-        top.setdefault(_text(other), other["logprob"])  # the likeliest comes first
-    return Token(_text(found), found["logprob"], top)
+    for other in found.top_logprobs or []:
+        top.setdefault(_text(other), other.logprob)  # the likeliest comes first
+    return Token(_text(found), found.logprob, top)
 
 
 def _spelling(text: str, tokens: Iterable[Token]) -> tuple[Token, ...]:
@@ -338,19 +340,11 @@ def _spelling(text: str, tokens: Iterable[Token]) -> tuple[Token, ...]:
     return tuple(spelt)
 
 
-def _text(token: Mapping[str, Any]) -> str:
+def _text(token: Any) -> str:
     """From the bytes: the text of half a character is the same for all of them."""
-    encoded = token.get("bytes")
-    if encoded is None:
-        return str(token["token"])
-    return bytes(encoded).decode("utf-8", errors="surrogateescape")
-
-
-def _decoded(response: requests.Response) -> Any:
-    try:
-        return response.json()
-    except requests.JSONDecodeError:
-        return response.text
+    if token.bytes is None:
+        return str(token.token)
+    return bytes(token.bytes).decode("utf-8", errors="surrogateescape")
 
 
 def _message(answer: Any) -> str:

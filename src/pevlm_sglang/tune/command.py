@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # so that the other commands need not wait for what these import
-    from pevlm_sglang.tune.recommend import Limit
-    from pevlm_sglang.tune.results import Evaluation
+    from pevlm_sglang.tune.results import Evaluation, Limit
 
 
 API_KEY_VARIABLE = "PEVLM_API_KEY"
@@ -44,9 +43,9 @@ _EXAMPLES = f"""examples:
   pevlm tune questions.jsonl --latency 0.5 --quantile 0.5 --sink-frames 0 2 4 --block-frames 8 16
   pevlm tune clips.jsonl --latency 2.0 --url http://gpu-box:30000 --embed-videos --output clips
 
-writes into --output: points.jsonl (what was measured; the same command goes on from there, also
-with more questions, other sizes or another limit), server.json, results.json, plot.png, and
-preset.yaml for --pevlm-config.
+writes into --output: measurements.jsonl (the same command goes on from there, also with more
+questions, other sizes or another limit), server.json, results.json, plot.png, and preset.yaml for
+--pevlm-config.
 
 exit codes: 0; 2 for an error; {NONE_WITHIN_LIMIT} if no setting is within the limit;
 {INTERRUPTED} after Ctrl-C."""
@@ -134,9 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from pevlm_sglang.tune import plot, questions, sweep
     from pevlm_sglang.tune.client import Client
-    from pevlm_sglang.tune.points import open_points
-    from pevlm_sglang.tune.recommend import Limit
-    from pevlm_sglang.tune.results import evaluate
+    from pevlm_sglang.tune.measurements import open_measurements
+    from pevlm_sglang.tune.results import Limit, evaluate
 
     if arguments.png and not plot.available():
         raise ValueError(f"--png: {plot.MISSING}")
@@ -154,24 +152,24 @@ def run(arguments: argparse.Namespace) -> int:
     )
     command = shlex.join(["pevlm", *arguments.argv])
     output: Path = arguments.output
-    with open_points(output, server) as points:
+    with open_measurements(output, server) as measured:
         total = len(asked) * len(settings)
-        todo = sweep.pending(asked, settings, points)
+        todo = sweep.pending(asked, settings, measured)
         print(
             f"{len(asked)} questions under {len(settings)} settings: {total - len(todo)} of "
-            f"{total} points are in {output}",
+            f"{total} measurements are in {output}",
             flush=True,
         )
         try:
-            sweep.sweep(client, todo, points, total=total, max_tokens=arguments.max_tokens)
+            sweep.sweep(client, todo, measured, total=total, max_tokens=arguments.max_tokens)
         except (KeyboardInterrupt, ValueError) as error:
-            left = len(sweep.pending(asked, settings, points))
-            kept = f"{total - left} of {total} points are in {output}; to go on: {command}"
+            left = len(sweep.pending(asked, settings, measured))
+            kept = f"{total - left} of {total} measurements are in {output}; to go on: {command}"
             if isinstance(error, ValueError):
                 raise ValueError(f"{error}\n{kept}") from None
             print(f"\npevlm: interrupted; {kept}", file=sys.stderr)
             return INTERRUPTED
-        evaluation = evaluate(asked, settings, points.done)
+        evaluation = evaluate(asked, settings, measured.done)
     return _report(
         evaluation, Limit(arguments.latency, arguments.quantile), output, command, server
     )
@@ -181,10 +179,10 @@ def _report(
     evaluation: Evaluation, limit: Limit, output: Path, command: str, server: dict[str, Any]
 ) -> int:
     """Print and write what was found."""
-    from pevlm_sglang.tune import plot, preset, report
-    from pevlm_sglang.tune.recommend import recommend
+    from pevlm_sglang.tune import plot, report
+    from pevlm_sglang.tune.results import recommend
 
-    preset_file, plot_file = output / preset.PRESET_FILE, output / plot.PLOT_FILE
+    preset_file, plot_file = output / report.PRESET_FILE, output / plot.PLOT_FILE
     for earlier in (preset_file, plot_file, output / RESULTS_FILE):  # of another limit
         earlier.unlink(missing_ok=True)
     figures = report.table(evaluation, limit)
@@ -216,7 +214,7 @@ def _report(
     if best is None:
         return NONE_WITHIN_LIMIT
     text = "\n".join([figures, "", verdict, *(f"warning: {warning}" for warning in warnings)])
-    preset.write_preset(preset_file, best.setting, command=command, figures=text, server=server)
+    report.write_preset(preset_file, best.setting, command=command, figures=text, server=server)
     print(f"preset: {preset_file}")
     return 0
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pevlm_sglang.tune.recommend import Limit
-from pevlm_sglang.tune.results import Result
+from pevlm_sglang.tune.results import Limit, Result
 
 PLOT_FILE = "plot.png"
 MISSING = "matplotlib is not installed; install it with: pip install 'pevlm-sglang[png]'"

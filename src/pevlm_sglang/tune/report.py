@@ -1,14 +1,24 @@
-"""What the sweep found, as text."""
+"""What the sweep found: as text, and as a preset that says where it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from pevlm_sglang.tune.points import FULL
-from pevlm_sglang.tune.recommend import Limit, Recommendation
-from pevlm_sglang.tune.results import Evaluation, Result, Share
+from pevlm_sglang.settings.config import PevlmConfig, resolve
+from pevlm_sglang.tune.measurements import FULL, Setting
+from pevlm_sglang.tune.results import Evaluation, Limit, Recommendation, Result, Share
+
+PRESET_FILE = "preset.yaml"
 
 _FEW_VIDEOS = 10  # below which a bootstrap over videos makes intervals that are too narrow
+_PRECEDENCE = (
+    "Precedence: defaults < this file < --pevlm-... flags < "
+    'a request\'s custom_params={"pevlm": {...}}.'
+)
 
 
 def table(evaluation: Evaluation, limit: Limit) -> str:
@@ -21,12 +31,9 @@ def table(evaluation: Evaluation, limit: Limit) -> str:
     names += ["log-prob diff.", "visible_fraction", *(f"TTFT p{100 * q:g}" for q in quantiles)]
     rows = [names, *(_row(result, quantiles) for result in evaluation.results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
 
 
 def verdict(limit: Limit, recommendation: Recommendation) -> str:
@@ -76,12 +83,56 @@ def warnings(evaluation: Evaluation, recommendation: Recommendation) -> list[str
     return found
 
 
+def write_preset(
+    path: Path, setting: Setting, *, command: str, figures: str, server: Mapping[str, Any]
+) -> None:
+    """Write a file that ``--pevlm-config`` takes, and check that it says what it should.
+
+    Args:
+        path: of the file.
+        setting: to serve; the server's own ``image_runs`` goes with it where it is not the default.
+        command: that measured it.
+        figures: what was measured, as text.
+        server: ``sweep.describe_server``.
+
+    Raises:
+        ValueError: it cannot be written, or does not load as the setting.
+    """
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", server["model_path"]]
+    launch += ["--attention-backend", "pevlm", "--pevlm-config", str(path)]
+    if sampling := server.get("mm_process_config"):
+        launch += ["--mm-process-config", json.dumps(sampling)]
+    title = (
+        "full attention unless a request asks for PEVLM" if setting.is_full else setting.in_words
+    )
+    header = [
+        f"{title[0].upper()}{title[1:]}, chosen by pevlm tune for {server['model_path']}",
+        f"on SGLang {server['sglang_version']}, {server['device']}, {server['dtype']}.",
+        *("", f"  {shlex.join(launch)}"),
+        *("", "Measured by", "", f"  {command}"),
+        *("", figures, "", _PRECEDENCE),
+    ]
+    values = setting.options
+    if (image_runs := server["pevlm_image_runs"]) != PevlmConfig().image_runs:
+        values["image_runs"] = image_runs
+    options = [f"{name}: {json.dumps(value)}" for name, value in values.items()]
+    if not setting.is_full:
+        options[0] += " # sampled frames"
+    commented = [f"# {line}".rstrip() for line in "\n".join(header).split("\n")]
+    try:
+        path.write_text("\n".join([*commented, "", *options]) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    if resolve(path, {}) != PevlmConfig().override(values):
+        raise ValueError(f"{path}: expected {values}, got another setting on reading it")
+
+
 def _row(result: Result, quantiles: Sequence[float]) -> list[str]:
     distance = result.logprob_difference
     baseline = result.setting == FULL
     cells = [result.setting.name]
     if result.accuracy:
-        cells += [_share(result.accuracy), "" if baseline else _points(result.difference)]
+        cells += [_share(result.accuracy), "" if baseline else _signed(result.difference)]
         cells += ["" if baseline else f"{result.agreement.value:.1%}"]
     else:
         cells += ["" if baseline else _share(result.agreement)]
@@ -94,6 +145,7 @@ def _share(share: Share) -> str:
     return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
-def _points(share: Share) -> str:
-    low, high = (f"{100 * value:+.1f}" for value in (share.low, share.high))
-    return f"{100 * share.value:+.1f} ({low} to {high})"
+def _signed(share: Share) -> str:
+    """In percentage points."""
+    value, low, high = (f"{100 * part:+.1f}" for part in (share.value, share.low, share.high))
+    return f"{value} ({low} to {high})"

@@ -1,4 +1,4 @@
-"""From points to a line a setting: how often right, how fast, and how sure that is.
+"""From measurements to a line a setting, how often right, how fast, how sure; and which to serve.
 
 Questions about one video are not independent, so intervals are of a bootstrap over videos: 95 %,
 10,000 draws. Differences to full attention are paired, question by question.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
-from pevlm_sglang.tune.points import FULL, Point, Setting
+from pevlm_sglang.tune.measurements import FULL, Measurement, Setting
 from pevlm_sglang.tune.questions import Question
 from pevlm_sglang.tune.scoring import is_right, logprob_difference
 
@@ -99,71 +99,128 @@ class Evaluation:
         return _share(self.videos, np.array(one.scores) - np.array(other.scores))
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What may be waited for the first token.
+
+    Attributes:
+        seconds: the longest.
+        quantile: of the questions' times that must not exceed it.
+    """
+
+    seconds: float
+    quantile: float
+
+    def holds(self, result: Result) -> bool:
+        return result.ttft_at(self.quantile) <= self.seconds
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s at the {self.quantile:g} quantile"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What follows from the results.
+
+    Attributes:
+        best: within the limit the setting with the best score, of several the fastest; None where
+            none is within the limit.
+        nearest: the fastest of all settings.
+        rivals: the other settings within the limit which these questions cannot tell from
+            ``best``, the fastest first: the 95 % interval of the paired difference of their scores
+            has 0 in it.
+    """
+
+    best: Result | None
+    nearest: Result
+    rivals: tuple[Result, ...] = ()
+
+
 def evaluate(
     questions: Sequence[Question],
     settings: Sequence[Setting],
-    done: Mapping[tuple[Setting, str], Point],
+    done: Mapping[tuple[Setting, str], Measurement],
 ) -> Evaluation:
-    """One result a setting, in their order; all points must be there."""
+    """One result a setting, in their order; all measurements must be there."""
     videos = tuple(str(question.video) for question in questions)
     full = [done[FULL, question.key] for question in questions]
+
+    def right(own: Sequence[Measurement]) -> np.ndarray:
+        pairs = zip(questions, own, strict=True)
+        return np.array([is_right(one.answer.text, asked.answer or "") for asked, one in pairs])
+
+    def agrees(own: Sequence[Measurement]) -> np.ndarray:
+        pairs = zip(full, own, strict=True)
+        return np.array([one.answer.text == other.answer.text for other, one in pairs])
+
     labelled = questions[0].answer is not None
-
-    def right(points: Sequence[Point]) -> list[bool]:
-        return [
-            is_right(point.answer.text, question.answer or "")
-            for question, point in zip(questions, points, strict=True)
-        ]
-
-    def agrees(points: Sequence[Point]) -> list[bool]:
-        pairs = zip(points, full, strict=True)
-        return [point.answer.text == other.answer.text for point, other in pairs]
-
     score = right if labelled else agrees
-    full_scores = np.array(score(full), float)
+    full_scores = score(full).astype(float)
     results = []
     for setting in settings:
-        points = [done[setting, question.key] for question in questions]
-        scores = np.array(score(points), float)
+        own = [done[setting, question.key] for question in questions]
+        scores = score(own).astype(float)
         distances = [
-            logprob_difference(other.answer.tokens, point.answer.tokens)
-            for point, other in zip(points, full, strict=True)
+            logprob_difference(other.answer.tokens, one.answer.tokens)
+            for other, one in zip(full, own, strict=True)
         ]
         compared = [distance for distance in distances if distance is not None]
-        computed = sum(point.work.pairs_computed for point in points)
-        saved = sum(point.work.pairs_saved for point in points)
+        computed = sum(one.work.pairs_computed for one in own)
+        saved = [one.work.pairs_saved for one in own]
         results.append(
             Result(
                 setting=setting,
                 accuracy=_share(videos, scores) if labelled else None,
-                agreement=_share(videos, np.array(agrees(points), float)),
+                agreement=_share(videos, agrees(own).astype(float)),
                 scores=tuple(scores.tolist()),
                 difference=_share(videos, scores - full_scores),
                 logprob_difference=float(np.mean(compared)) if compared else None,
-                ttft=tuple(point.answer.ttft for point in points),
-                visible_fraction=computed / (computed + saved),
-                sparse_prompts=sum(point.work.pairs_saved > 0 for point in points),
+                ttft=tuple(one.answer.ttft for one in own),
+                visible_fraction=computed / (computed + sum(saved)),
+                sparse_prompts=sum(pairs > 0 for pairs in saved),
             )
         )
     return Evaluation(videos, tuple(results))
 
 
-def _share(videos: tuple[str, ...], values: np.ndarray) -> Share:
-    """The mean of one value a question, with its interval over videos."""
-    weights, places = _draws(videos)
-    num_videos = weights.shape[1]
-    counts = weights @ np.bincount(places, minlength=num_videos)
-    sums = weights @ np.bincount(places, weights=values, minlength=num_videos)
-    low, high = np.quantile(sums / counts, [0.025, 0.975])
-    return Share(float(values.mean()), float(low), float(high))
+def recommend(evaluation: Evaluation, limit: Limit) -> Recommendation:
+    """The rule of ``Recommendation``; settings that saved no pair are full attention by another
+    name, and left out.
 
-
-@cache
-def _draws(videos: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """How often each video is in each draw, ``[draws, videos]``, and each question's video.
-
-    All values of an evaluation have the same draws.
+    Raises:
+        ValueError: no setting saved a pair, so that there was nothing to choose from.
     """
-    names, places = np.unique(videos, return_inverse=True)
-    chances = np.full(len(names), 1 / len(names))
-    return np.random.default_rng(0).multinomial(len(names), chances, size=_DRAWS), places
+    candidates = [r for r in evaluation.results if r.setting.is_full or r.sparse_prompts]
+    if all(r.setting.is_full for r in candidates):
+        raise ValueError(
+            "no setting saved an attention pair: the sink and one block of each hold every video "
+            "whole; try smaller ones, or longer videos"
+        )
+    by_time = sorted(candidates, key=lambda result: result.ttft_at(limit.quantile))
+    within = [*filter(limit.holds, by_time)]
+    if not within:
+        return Recommendation(None, by_time[0])
+    best = max(within, key=lambda result: result.score.value)  # the first of equals: the fastest
+    compared = {other: evaluation.compare(best, other) for other in within if other is not best}
+    rivals = tuple(other for other, share in compared.items() if share.low <= 0 <= share.high)
+    return Recommendation(best, by_time[0], rivals)
+
+
+def _share(videos: tuple[str, ...], values: np.ndarray) -> Share:
+    """The mean of one value a question, with its interval over videos, of which all values of an
+    evaluation have the same draws."""
+    _, places = np.unique(videos, return_inverse=True)
+    sums, counts = np.bincount(places, weights=values), np.bincount(places)
+    value = float(values.mean())
+    if len(counts) == 1:  # from which scipy draws nothing
+        return Share(value, value, value)
+    drawn = bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        n_resamples=_DRAWS,
+        batch=1000,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Share(value, float(drawn.low), float(drawn.high))

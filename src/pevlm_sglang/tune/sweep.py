@@ -8,7 +8,7 @@ from typing import Any
 
 from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.tune.client import Answer, Client, ServerError, Work
-from pevlm_sglang.tune.points import FULL, Point, Points, Setting
+from pevlm_sglang.tune.measurements import FULL, Measurement, Measurements, Setting
 from pevlm_sglang.tune.questions import Question
 
 TOP_LOGPROBS = 20
@@ -17,7 +17,7 @@ _SERVER_OPTIONS = (
     *("model_path", "weight_version", "dtype", "quantization", "kv_cache_dtype", "device"),
     *("tp_size", "dp_size", "chunked_prefill_size", "mm_process_config", "chat_template"),
 )
-_PEVLM_OPTIONS = ("base_backend", "prefill_kernel", "vision_fixes", "image_runs")
+_PEVLM_OPTIONS = ("base_backend", "prefill_kernel", "image_runs")
 _EMBEDDING_CACHE = (
     "the vision tower did not run: SGLang's cache of video embeddings, which cannot be flushed, "
     "held the video; start the server with SGLANG_VLM_CACHE_SIZE_MB=0 in its environment"
@@ -46,7 +46,7 @@ def make_settings(
 
 
 def describe_server(info: dict[str, Any], max_tokens: int, *, embed_videos: bool) -> dict[str, Any]:
-    """What the points depend on beside setting and question.
+    """What the measurements depend on beside setting and question.
 
     Args:
         info: ``/server_info`` of a server with PEVLM.
@@ -64,7 +64,7 @@ def describe_server(info: dict[str, Any], max_tokens: int, *, embed_videos: bool
 
 
 def pending(
-    questions: Sequence[Question], settings: Sequence[Setting], points: Points
+    questions: Sequence[Question], settings: Sequence[Setting], measured: Measurements
 ) -> list[tuple[Setting, Question]]:
     """What is still to measure, in order.
 
@@ -79,43 +79,43 @@ def pending(
         (setting, question)
         for turn, question in enumerate(shuffled)
         for setting in (settings[(i + turn) % len(settings)] for i in range(len(settings)))
-        if (setting, question.key) not in points.done
+        if (setting, question.key) not in measured.done
     ]
 
 
 def sweep(
     client: Client,
     todo: Sequence[tuple[Setting, Question]],
-    points: Points,
+    measured: Measurements,
     *,
     total: int,
     max_tokens: int,
 ) -> None:
-    """Measure what is ``pending``, and write each point when it is finished.
+    """Measure what is ``pending``, and write each when it is finished.
 
     Each setting's first request is asked once before, unmeasured: kernels are compiled and tuned
     then.
 
     Args:
-        total: points of the whole sweep, those of earlier runs among them.
+        total: measurements of the whole sweep, those of earlier runs among them.
 
     Raises:
-        ServerError: the server fails or refuses, or did not compute what the point is meant to be.
+        ServerError: the server fails or refuses, or did not compute what was asked for.
     """
     from tqdm import tqdm
 
     warm: set[Setting] = set()
-    with tqdm(total=total, initial=total - len(todo), unit="point") as bar:
+    with tqdm(total=total, initial=total - len(todo), unit="measurement") as bar:
         for setting, question in todo:
             bar.set_postfix_str(setting.name, refresh=False)
             if setting not in warm:
                 _measure(client, setting, question, max_tokens)
                 warm.add(setting)
-            points.add(_measure(client, setting, question, max_tokens))
+            measured.add(_measure(client, setting, question, max_tokens))
             bar.update()
 
 
-def _measure(client: Client, setting: Setting, question: Question, max_tokens: int) -> Point:
+def _measure(client: Client, setting: Setting, question: Question, max_tokens: int) -> Measurement:
     answer, work = client.measure(
         question.video,
         question.text,
@@ -125,11 +125,11 @@ def _measure(client: Client, setting: Setting, question: Question, max_tokens: i
     )
     if problem := _problem(setting, answer, work):
         raise ServerError(f"{setting.name}, {question.video}, {question.text!r}: {problem}")
-    return Point(setting, question.key, answer, work)
+    return Measurement(setting, question.key, answer, work)
 
 
 def _problem(setting: Setting, answer: Answer, work: Work) -> str | None:
-    """Why a request was not what its point is meant to be."""
+    """Why a request was not what it is meant to be."""
     from pevlm_sglang.observe.observer import (  # imports torch, seconds of a start
         GLOBAL_TOKEN,
         SHORT_VIDEO,

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from pevlm_sglang.tune.client import Answer, Token, Work
 
-POINTS_FILE = "points.jsonl"
+MEASUREMENTS_FILE = "measurements.jsonl"
 SERVER_FILE = "server.json"
 
 
@@ -55,7 +55,7 @@ FULL = Setting()
 
 
 @dataclass(frozen=True)
-class Point:
+class Measurement:
     """One question under one setting.
 
     Attributes:
@@ -74,7 +74,7 @@ class Point:
         return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
 
     @classmethod
-    def parse(cls, line: bytes) -> Point:
+    def parse(cls, line: bytes) -> Measurement:
         """Inverse of ``line``.
 
         Raises:
@@ -91,39 +91,39 @@ class Point:
         )
 
 
-class Points:
-    """The finished points of a directory; ``add`` has written a point when it returns.
+class Measurements:
+    """The finished ones of a directory; ``add`` has written one when it returns.
 
     Attributes:
-        done: the points by (setting, question).
+        done: by (setting, question).
     """
 
-    def __init__(self, file: BinaryIO, done: dict[tuple[Setting, str], Point]) -> None:
+    def __init__(self, file: BinaryIO, done: dict[tuple[Setting, str], Measurement]) -> None:
         self.done = done
         self._file = file
 
-    def add(self, point: Point) -> None:
-        self._file.write(point.line())  # unbuffered: one write, whole or torn
-        self.done[point.setting, point.question] = point
+    def add(self, measurement: Measurement) -> None:
+        self._file.write(measurement.line())  # unbuffered: one write, whole or torn
+        self.done[measurement.setting, measurement.question] = measurement
         os.fsync(self._file.fileno())
 
 
 @contextmanager
-def open_points(directory: Path, server: Mapping[str, Any]) -> Iterator[Points]:
-    """The points in a directory, which is made where it is missing, and locked meanwhile.
+def open_measurements(directory: Path, server: Mapping[str, Any]) -> Iterator[Measurements]:
+    """The measurements in a directory, which is made where it is missing, and locked meanwhile.
 
     A torn last line, of a run that was killed while it wrote, is cut off.
 
     Args:
-        directory: of ``points.jsonl`` and ``server.json``.
+        directory: of ``measurements.jsonl`` and ``server.json``.
         server: what the figures depend on beside setting and question, JSON-ready.
 
     Raises:
-        ValueError: another run writes there; the points there are of another server; a bad line.
+        ValueError: another run writes there; those there are of another server; a bad line.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / POINTS_FILE).open("a+b", buffering=0)
+        file = (directory / MEASUREMENTS_FILE).open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written: {error.strerror}") from None
     with file:
@@ -138,32 +138,32 @@ def open_points(directory: Path, server: Mapping[str, Any]) -> Iterator[Points]:
         done = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                point = Point.parse(line)
+                one = Measurement.parse(line)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{directory / POINTS_FILE}, line {number}: expected a point, got "
+                    f"{directory / MEASUREMENTS_FILE}, line {number}: expected a measurement, got "
                     f"{line[:60]!r}; mend or remove the line"
                 ) from None
-            done[point.setting, point.question] = point
+            done[one.setting, one.question] = one
         _check_server(directory / SERVER_FILE, server, bool(done))
-        yield Points(file, done)
+        yield Measurements(file, done)
 
 
-def _check_server(path: Path, server: Mapping[str, Any], has_points: bool) -> None:
-    """Points of different servers never stand in one directory."""
-    if has_points:
+def _check_server(path: Path, server: Mapping[str, Any], has_any: bool) -> None:
+    """Measurements of different servers never stand in one directory."""
+    if has_any:
         try:
             before = json.loads(path.read_text())
         except (OSError, ValueError):
             raise ValueError(
-                f"{path}: expected the description of the server that the points beside it are "
-                "of, got none; use another --output"
+                f"{path}: expected the description of the server that the measurements beside it "
+                "are of, got none; use another --output"
             ) from None
         for name in {**before, **server}:
             then, now = before.get(name), server.get(name)
             if then != now:
                 raise ValueError(
-                    f"{path.parent}: its points were measured with {name} = {json.dumps(then)}, "
+                    f"{path.parent}: what is there was measured with {name} = {json.dumps(then)}, "
                     f"this run has {json.dumps(now)}; use another --output"
                 )
     path.write_text(json.dumps(server, indent=2) + "\n")
