@@ -1,5 +1,6 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make test   format, lint, types and tests
+# make docs   the pages in docs/ as a site
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
 # make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
 # All install what they need first, into .venv. PYTHON=... names another interpreter than python3;
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install test lint demo bench accuracy clean
+.PHONY: install test docs lint demo bench accuracy clean
 
 install: $(INSTALLED)
 
@@ -25,6 +26,10 @@ lint: install
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+# Builds offline, strictly, into build/docs.
+docs: install
+	$(BIN)/mkdocs build --quiet
 
 demo: install
 	$(BIN)/python benchmarks/demo.py $(ARGS)

@@ -73,9 +73,9 @@ from pevlm_kernels.flash_merged import _own_parts, _shared_parts
 from pevlm_kernels.flash_paged import token_table
 from pevlm_sglang import huggingface
 from pevlm_sglang.attention.backend import PevlmBackend
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import Observer, RequestLayout
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 LENGTH, CHUNK = 100_000, 8_192
 CPU_SHARE_LENGTH, CPU_TOKENS_PER_FRAME = 8_192, 16

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_vision.py
 
-Method. Two real servers answer the same questions about longer and longer videos: one with SGLang's
-own vision path (``--pevlm-vision-fixes false``), one with PEVLM's. The language model runs under
-PEVLM on both, in chunks, so that nothing but the vision path differs. For each video: runs of the
-vision tower and their time on the device, as the server counts them, and the time to first token (a
+Method. Two real servers answer the same questions about longer and longer videos: SGLang's own, and
+one with PEVLM, switched off in the language model (``--pevlm-enabled false``), so that nothing but
+the vision path differs. Prefill goes in chunks. For each video: runs of the vision tower and their
+time on the device, by the benchmarks' stopwatch in both servers, and the time to first token (a
 request for one token, from sending it to its answer; decoding and processor are in it). The
 smallest of the repeats is reported for each figure, the least disturbed by others on the machine.
 
@@ -25,8 +25,8 @@ runs the small model in float32.) And the PEVLM side must have run the tower onc
   of the video. PEVLM's attends within each step, so it does not.
 
 The GPU side was never run: unmeasured. Sample output on a CPU, of a virtual machine that others
-kept busier than it has cores (load 6.9 on 2): the runs are exact, the times are blurred, the middle
-row's most (the last line, one JSON object, is left out):
+kept busier than it has cores (load 6.9 on 2), both language models under PEVLM's mask: the runs are
+exact, the times are blurred, the middle row's most (the last line, one JSON object, is left out):
 
     Intel(R) Xeon(R) Processor, cores 2, threads 2, load 6.9
     starting the server: upstream
@@ -51,12 +51,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import stopwatch
 import torch
 from machine import card, summary
 from serving import write_real
@@ -66,7 +68,6 @@ sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
 
 from support.exchange import BATCH_ENV, SHARP, TOLERANCE, Exchange, about  # noqa: E402
 from support.families.qwen_vl import QwenVLOracle  # noqa: E402
-from support.oracle import Setting  # noqa: E402
 from support.server import Server  # noqa: E402
 from support.tiny import make_tiny_model  # noqa: E402
 from support.video import write_video  # noqa: E402
@@ -74,7 +75,6 @@ from support.video import write_video  # noqa: E402
 WORK_DIR = ROOT / ".cache" / "bench_vision"
 SIDES = ("upstream", "pevlm")
 FPS = 2.0  # of the clips, which is what SGLang samples: every frame is one
-SETTING = Setting(4, 4)
 SMALL_MODEL: dict[str, Any] = {
     "vision_depth": 8,
     "vision_hidden_size": 160,
@@ -134,18 +134,25 @@ def serve(model: Path, side: str, device: str, chunk: int, work: Path, *, small:
     Args:
         small: whether the model is the small one, with weights, in float32.
     """
-    flags = ["--attention-backend", "pevlm", "--chunked-prefill-size", str(chunk), *FEW_TOKENS]
-    flags += ["--pevlm-sink-frames", "4", "--pevlm-block-frames", "4", "--skip-server-warmup"]
+    flags = ["--chunked-prefill-size", str(chunk), *FEW_TOKENS, "--skip-server-warmup"]
     env = dict(BATCH_ENV)
-    if side == "upstream":
-        flags += ["--pevlm-vision-fixes", "false"]
+    plugin = str(stopwatch.install(work / "plugin"))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
+    if side == "pevlm":
+        flags += ["--attention-backend", "pevlm", "--pevlm-enabled", "false"]
+    elif device == "cpu":
+        flags += ["--attention-backend", "torch_native"]
     if small:
         env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
     if device == "cuda":
         env |= {"SGLANG_PLATFORM": "", "TORCHDYNAMO_DISABLE": "0"}
         flags += ["--device", "cuda", "--max-total-tokens", "131072"]
         if small:
-            flags += ["--pevlm-base-backend", "torch_native", "--mm-attention-backend", "sdpa"]
+            flags += ["--mm-attention-backend", "sdpa"]
+            if side == "pevlm":
+                flags += ["--pevlm-base-backend", "torch_native"]
+            else:
+                flags += ["--attention-backend", "torch_native"]
             flags += ["--disable-cuda-graph"]
         else:
             flags += ["--load-format", "dummy", "--dtype", "bfloat16"]
@@ -159,11 +166,10 @@ def check(
 ) -> str:
     """The gate: the server equals its own reference and differs from the other side's."""
     exchange = Exchange(server, oracle)
-    question = about(clip, setting=SETTING)
-    # The server's default is SETTING, which therefore travels as no override.
-    [answer] = exchange.ask(about(clip))
-    own = exchange.difference(question, answer, SETTING)
-    others = Exchange(server, other).difference(question, answer, SETTING)
+    question = about(clip, setting=None)
+    [answer] = exchange.ask(question)
+    own = exchange.difference(question, answer, None)
+    others = Exchange(server, other).difference(question, answer, None)
     bound = TOLERANCE if device == "cpu" else SHARP  # GPUs may multiply float32 in TF32
     verdict = f"{own:.1e} from its own reference, {others:.1e} from the other's"
     if own > bound or others < SHARP:
@@ -194,7 +200,7 @@ def ask(server: Server, clip: Path, *, frames: int) -> Figures:
     flushed = server.post("/flush_cache?timeout=10")
     if flushed.status_code != 200:
         sys.exit(f"bench_vision: /flush_cache: expected HTTP 200, got {flushed.status_code}")
-    before = totals(server)
+    before = measured(server)
     start = time.perf_counter()
     answer = server.generate(
         text=about(clip).text,
@@ -202,21 +208,22 @@ def ask(server: Server, clip: Path, *, frames: int) -> Figures:
         sampling_params={"temperature": 0, "max_new_tokens": 1},
     )
     ttft = time.perf_counter() - start
-    after = totals(server)
-    if after["vision_kept_bytes"]:
-        sys.exit(f"bench_vision: {after['vision_kept_bytes']} bytes of embeddings are still held")
+    after = measured(server)
     return Figures(
         frames=frames,
         prompt_tokens=answer["meta_info"]["prompt_tokens"],
-        runs=after["vision_runs"] - before["vision_runs"],
-        vision_s=round(after["vision_seconds"] - before["vision_seconds"], 4),
+        runs=round(after["vision_runs"] - before["vision_runs"]),
+        vision_s=round(after["vision"] - before["vision"], 4),
         ttft_s=round(ttft, 4),
     )
 
 
-def totals(server: Server) -> dict[str, Any]:
-    """PEVLM's totals in the scheduler."""
-    found: dict[str, Any] = server.info()["internal_states"][0]["pevlm"]
+def measured(server: Server) -> dict[str, float]:
+    """The stopwatch's totals; no embedding may be held between requests."""
+    state = server.info()["internal_states"][0]
+    if kept := state.get("pevlm", {}).get("vision_kept_bytes"):
+        sys.exit(f"bench_vision: {kept} bytes of embeddings are still held")
+    found: dict[str, float] = state[stopwatch.KEY]
     return found
 
 

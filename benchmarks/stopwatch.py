@@ -11,12 +11,14 @@ between CUDA events on a GPU. ``/server_info`` then has the totals under ``inter
   decoding is in it.
 - ``forward``: the prefill's forwards, metadata and vision tower among it.
 - ``attention``: the language model's layers of attention, writing keys and values among it.
+- ``vision``, ``vision_runs``: the vision tower, and how often it ran (a number).
 
 Nothing of it is part of the product.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 import threading
 import time
@@ -75,17 +77,18 @@ class _Clock:
 _clock = _Clock()
 _forward: Any = None
 _attention: Any = None
-_totals = {"forward": 0.0, "attention": 0.0}
+_vision: Any = None
+_totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_runs": 0.0}
 
 
 def register() -> None:
     """SGLang's entry point, in each of its processes."""
-    global _forward, _attention
+    global _forward, _attention, _vision
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from pevlm_sglang.observe.timing import DeviceTimer
 
-    _forward, _attention = DeviceTimer(), DeviceTimer()
+    _forward, _attention, _vision = DeviceTimer(), DeviceTimer(), DeviceTimer()
     for target, hook in {
         f"{_DECODER}.__init__": _timed_decode,
         f"{_DECODER}.get_frames_at": _timed_decode,
@@ -94,6 +97,7 @@ def register() -> None:
         f"{_MANAGER}.get_internal_state": _with_launchers_times,
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": _timed_forward,
         "sglang.srt.layers.radix_attention.RadixAttention.forward": _timed_attention,
+        "sglang.srt.managers.mm_utils.get_embedding_and_mask": _timed_vision,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _with_schedulers_times,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
@@ -144,9 +148,24 @@ def _timed_attention(
         return original(layer, q, k, v, forward_batch, *args, **kwargs)
 
 
+def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    encode = kwargs["data_embedding_func"]
+
+    @functools.wraps(encode)
+    def timed(items: list[Any]) -> Any:
+        _totals["vision_runs"] += 1
+        with _vision.measure(kwargs["input_ids"].device):
+            return encode(items)
+
+    # SGLang asks the method for its model (mm_schedule._can_skip_pre_embed_feature_move).
+    timed.__self__ = getattr(encode, "__self__", None)  # type: ignore[attr-defined]
+    return original(*args, **{**kwargs, "data_embedding_func": timed})
+
+
 def _with_schedulers_times(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     output = original(*args, **kwargs)
     _totals["forward"] += _forward.take()
     _totals["attention"] += _attention.take()
+    _totals["vision"] += _vision.take()
     output.internal_state[KEY] = dict(_totals)
     return output

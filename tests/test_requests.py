@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from families.test_spans import RULE, image, item, video
-from pevlm_sglang.families.spans import Prompt
 from pevlm_sglang.layout import Layout
 from pevlm_sglang.observe.observer import RequestLayout
 from pevlm_sglang.requests import lay_out, on_created, on_queued
@@ -68,7 +67,7 @@ def long_video(start: int = 5) -> Any:
 
 
 def expected_layout(sink: int = 2, block: int = 2) -> Layout:
-    videos = RULE.spans(Inputs([long_video()]), Prompt(()), image_runs=False)
+    videos = RULE.spans(Inputs([long_video()]), (), image_runs=False)
     return Layout.build(videos, sink_frames=sink, block_frames=block)
 
 
@@ -170,14 +169,14 @@ def test_queued_again_gives_the_same() -> None:
     ],
 )
 def test_reasons_for_dense(items: list, config: PevlmConfig, reason: str | None) -> None:
-    found = lay_out(Inputs(items), Prompt(()), RULE, config)
+    found = lay_out(Inputs(items), (), RULE, config)
     assert found.dense_reason == reason
     assert (found.layout.first_sparse is None) == (reason is not None)
 
 
 def test_disabled_requests_are_not_read() -> None:
     """Turning PEVLM off must serve what its rules would refuse."""
-    found = lay_out(Inputs([video(None)]), Prompt(()), RULE, PevlmConfig(enabled=False))
+    found = lay_out(Inputs([video(None)]), (), RULE, PevlmConfig(enabled=False))
     assert found.layout == Layout()
 
 

@@ -4,7 +4,8 @@ The arithmetic is that of the modules whose weights are used, in full attention;
 the arrangement. Frames of one size go through the vision tower as one batch of steps. Several
 questions about one video share its tokens: the sequence is the video's prompt, then one slot a
 question; a slot attends to the prompt and to itself, at the positions that it would have if it
-stood there alone. ``tests/benchmarks/accuracy/test_model.py`` compares both with Hugging Face's forward.
+stood there alone. ``tests/benchmarks/accuracy/test_model.py`` compares both with
+Hugging Face's forward.
 """
 
 from __future__ import annotations

@@ -8,29 +8,22 @@ scheduler only when it reports PEVLM active.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
-import pkgutil
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from pevlm_sglang import (
-    arguments,
-    corrections,
-    embeddings,
-    external,
-    processors,
-    requests,
-    support,
-    vision,
-)
-from pevlm_sglang.families.llava_video.loading import load_processor
+from pevlm_sglang import requests, seams
+from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.families import registry
+from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import video_url
+from pevlm_sglang.media import embeddings, video_url
 from pevlm_sglang.observe.observer import Observer
+from pevlm_sglang.settings import flags, refusals
 from pevlm_sglang.settings.config import PevlmConfig
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +32,60 @@ SERVER_INFO_KEY = "pevlm"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info"
 """Since SGLang 0.5.23; before it, PEVLM does without data parallelism."""
 
+
+class _Hook(NamedTuple):
+    """A hook on a function of SGLang.
+
+    Attributes:
+        name: of the function here; its first word is the kind of the hook.
+        parameters: of SGLang's function, that the hook relies on.
+    """
+
+    name: str
+    parameters: tuple[str, ...] = ()
+
+
 _HOOKS = {
-    "sglang.srt.server_args.ServerArgs.add_cli_args": "_after_add_cli_args",
-    "sglang.srt.server_args.ServerArgs.from_cli_args": "_after_from_cli_args",
-    "sglang.srt.server_args.ServerArgs.resolve_once": "_around_resolve_once",
+    "sglang.srt.server_args.ServerArgs.add_cli_args": _Hook("_after_add_cli_args", ("parser",)),
+    "sglang.srt.server_args.ServerArgs.from_cli_args": _Hook("_after_from_cli_args", ("args",)),
+    "sglang.srt.server_args.ServerArgs.resolve_once": _Hook("_around_resolve_once", ("self",)),
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
-    ".build_attention_backends": "_after_build_attention_backends",
-    "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": "_after_get_mm_processor_cls",
-    "sglang.srt.utils.hf_transformers.processor.get_processor": "_around_get_processor",
-    "sglang.srt.model_loader.utils.get_model_architecture": "_around_get_model_architecture",
-    "sglang.srt.managers.schedule_batch.Req.__init__": "_after_req_init",
-    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": "_before_add_request_to_queue",
-    "sglang.srt.managers.scheduler.Scheduler.get_init_info": "_after_get_init_info",
-    "sglang.srt.managers.scheduler.Scheduler.get_internal_state": "_after_get_internal_state",
-    _CONTROLLER: "_after_controller_init_info",
-    "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": "_after_wait_for_scheduler_ready",
+    ".build_attention_backends": _Hook("_after_build_attention_backends", ("model_runner",)),
+    "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": _Hook(
+        "_after_get_mm_processor_cls", ("hf_config",)
+    ),
+    "sglang.srt.utils.hf_transformers.processor.get_processor": _Hook(
+        "_around_get_processor", ("tokenizer_name", "model_name", "image_processor_backend")
+    ),
+    "sglang.srt.model_loader.utils.get_model_architecture": _Hook(
+        "_around_get_model_architecture", ("model_config",)
+    ),
+    "sglang.srt.managers.schedule_batch.Req.__init__": _Hook(
+        "_after_req_init", ("sampling_params", "extra_key", "session")
+    ),
+    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": _Hook(
+        "_before_add_request_to_queue", ("req", "is_retracted")
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.get_init_info": _Hook("_after_get_init_info"),
+    "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _Hook(
+        "_after_get_internal_state", ("recv_req",)
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.flush_cache": _Hook("_after_state_is_outdated"),
+    **{
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        f".{name}": _Hook("_after_state_is_outdated", ("recv_req",))
+        for name in (
+            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            "release_memory_occupation",
+        )
+    },
+    _CONTROLLER: _Hook("_after_controller_init_info"),
+    "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": _Hook(
+        "_after_wait_for_scheduler_ready", ("scheduler_pipe_readers", "scheduler_procs")
+    ),
 }
-"""SGLang's function → the hook here; the first word of the hook's name is its kind."""
+"""SGLang's function → the hook here."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +96,24 @@ class _Serving:
         config: of the server.
         rule: how the model's frames are found.
         observer: what was computed so far.
-        keeper: of the embeddings that prefill has begun to use.
-        vision_corrections: what is corrected in SGLang's vision path, in words.
+        holder: of the embeddings that prefill has begun to use.
+        corrections: what is corrected in SGLang's vision path, in words.
         prefill_kernel: what computes a forward with LOCAL tokens.
     """
 
     config: PevlmConfig
     rule: SpanRule
     observer: Observer
-    keeper: embeddings.Keeper
-    vision_corrections: tuple[str, ...]
+    holder: embeddings.EmbeddingHolder
+    corrections: tuple[str, ...]
     prefill_kernel: str
 
 
 class _Process:
-    """What this process knows: a launcher the configuration, a scheduler both."""
+    """What this process knows of a server with PEVLM: a launcher has no ``serving``."""
 
     config: PevlmConfig | None = None
+    family: Family | None = None
     serving: _Serving | None = None
 
 
@@ -92,14 +123,15 @@ def register() -> None:
     Where a seam has moved the name is not offered, so that ``--attention-backend pevlm`` is refused
     by SGLang itself and every other server starts as before.
     """
-    if not _exists(_CONTROLLER):
+    if seams.problem(_CONTROLLER, ()):
         _HOOKS.pop(_CONTROLLER, None)
-    missing = [target for target in _HOOKS if not _exists(target)]
-    if missing:
+    problems = [
+        seams.problem(target, hook.parameters, exact=not seams.passes_on(globals()[hook.name]))
+        for target, hook in _HOOKS.items()
+    ]
+    if found := [problem for problem in problems if problem]:
         logger.error(
-            "PEVLM is not available: this SGLang lacks %s; install sglang>=0.5.21 (developed on "
-            "0.5.23) or a newer pevlm-sglang",
-            ", ".join(missing),
+            "PEVLM is not available: this SGLang has %s; %s", "; ".join(found), seams.REMEDY
         )
         return
     from sglang.srt.entrypoints.engine import Engine
@@ -107,21 +139,12 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices
 
-    external.register_checkpoints()
-    for target, name in _HOOKS.items():
-        kind = HookType[name.split("_")[1].upper()]
-        HookRegistry.register(target, globals()[name], kind)
-    Engine.server_args_class = staticmethod(_engine_server_args)
-    register_attention_backend(arguments.NAME)(_refuse_unresolved_name)
-    add_attention_backend_choices([arguments.NAME])
-
-
-def _exists(target: str) -> bool:
-    owner, name = target.rsplit(".", 1)
-    try:
-        return hasattr(pkgutil.resolve_name(owner), name)
-    except (ImportError, AttributeError):
-        return False
+    for target, hook in _HOOKS.items():
+        kind = HookType[hook.name.split("_")[1].upper()]
+        HookRegistry.register(target, globals()[hook.name], kind)
+    Engine.server_args_class = _EngineServerArgs(Engine.server_args_class)
+    register_attention_backend(flags.NAME)(_refuse_unresolved_name)
+    add_attention_backend_choices([flags.NAME])
 
 
 def _stop(reason: object) -> NoReturn:
@@ -142,21 +165,29 @@ def _refuse_unresolved_name(runner: Any) -> NoReturn:
 
 
 def _after_add_cli_args(_result: None, parser: Any) -> None:
-    arguments.add_flags(parser)
+    flags.add_flags(parser)
 
 
 def _after_from_cli_args(server_args: Any, _cls: type, namespace: Any) -> None:
-    server_args._pevlm_flags = arguments.given_flags(dict(vars(namespace)))
+    if given := flags.given_flags(dict(vars(namespace))):
+        server_args._pevlm_flags = given
 
 
-def _engine_server_args(**kwargs: Any) -> Any:
-    """``ServerArgs`` from the keywords of ``sglang.Engine``."""
-    from sglang.srt.server_args import ServerArgs
+class _EngineServerArgs:
+    """``Engine.server_args_class``: SGLang's own, but for an engine that gives ``pevlm_…``."""
 
-    flags = arguments.given_flags(kwargs)
-    server_args = ServerArgs(**kwargs)
-    server_args._pevlm_flags = flags
-    return server_args
+    def __init__(self, upstream: Any) -> None:
+        self._upstream = upstream
+
+    def __get__(self, engine: Any, _owner: type) -> Any:
+        return self._upstream if engine is None else self._build
+
+    def _build(self, **kwargs: Any) -> Any:
+        given = flags.given_flags(kwargs)
+        server_args = self._upstream(**kwargs)
+        if given:
+            server_args._pevlm_flags = given
+        return server_args
 
 
 def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
@@ -164,23 +195,24 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     resolved_before = getattr(server_args, "_resolution_finished", False)
     if not resolved_before:
         try:
-            config = arguments.requested(server_args, getattr(server_args, "_pevlm_flags", {}))
+            config = flags.requested(server_args, getattr(server_args, "_pevlm_flags", {}))
         except ValueError as error:
             _stop(error)
-        server_args._pevlm_config = config
         if config is not None:
-            arguments.write_base_backend(server_args, config)
-    resolve_once(server_args)
+            server_args._pevlm_config = config
+            flags.write_base_backend(server_args, config)
     config = getattr(server_args, "_pevlm_config", None)
-    _Process.config = config
+    _Process.config, _Process.family = config, None
     if config is None:
+        resolve_once(server_args)
         return
+    registry.read_checkpoints()
+    resolve_once(server_args)
     try:
         video_url.offer_max_pixels()
-        if config.vision_fixes:
-            vision.hash_frame_rates()
         if not resolved_before:
             _check_resolved(server_args, config)
+        _install(server_args)
     except UnsupportedError as error:
         _stop(error)
 
@@ -189,62 +221,69 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :meth:`pevlm_sglang.families.spans.SpanRule.of_model`,
+        UnsupportedError: see :func:`pevlm_sglang.families.registry.span_rule`,
             :func:`pevlm_sglang.settings.refusals.check_server_args` and
             :func:`pevlm_sglang.families.registry.check_launch`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     hf_config = model_config_of(server_args).hf_config
-    SpanRule.of_model(hf_config)  # before the weights are loaded
+    registry.span_rule(hf_config)  # before the weights are loaded
     resolved = resolved_view(server_args)
     if resolved.dp_size > 1 and _CONTROLLER not in _HOOKS:
         raise UnsupportedError(
             f"--dp-size: expected 1, got {resolved.dp_size}; this SGLang's data-parallel "
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
-    support.check_server_args(resolved, config)
-    if _in_our_hands(hf_config):
-        settings = (resolved.mm_process_config or {}).get("video", {})
-        processors.check_launch(hf_config, settings, vision_fixes=config.vision_fixes)
-        processors.offer_chat_template(hf_config.architectures or (), resolved.model_path)
+    refusals.check_server_args(resolved, config)
+    registry.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
+    server_args._pevlm_architectures = list(hf_config.architectures)
+    family = registry.family_of(hf_config.architectures)
+    registry.offer_chat_template(family, resolved.model_path)
+    if warning := seams.untested_version(importlib.metadata.version("sglang")):
+        logger.warning("PEVLM: %s", warning)
     logger.info("PEVLM configuration: %s", config.describe())
+
+
+def _install(server_args: Any) -> None:
+    """What the model's family needs in every process.
+
+    Raises:
+        UnsupportedError: this SGLang lacks a seam.
+    """
+    _Process.family = family = registry.family_of(server_args._pevlm_architectures)
+    if (install := family.load("install")) is not None:
+        install()
 
 
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
-    with_pevlm = _Process.config is not None and _in_our_hands(hf_config)
+    if _Process.config is None:
+        return processor
     try:
-        return processors.for_architectures(
-            processor, hf_config.architectures or (), with_pevlm=with_pevlm
-        )
+        return registry.processor_class(processor, hf_config)
     except UnsupportedError as error:
         _stop(error)
 
 
-def _in_our_hands(hf_config: Any) -> bool:
-    """Whether a processor here finds the model that it prepares its tokens for."""
-    assert _Process.config is not None
-    needs_model = any(map(corrections.corrected, hf_config.architectures or ()))
-    return _Process.config.vision_fixes or not needs_model
-
-
 def _around_get_processor(get_processor: Any, *args: Any, **kwargs: Any) -> Any:
-    if _Process.config is None or not _Process.config.vision_fixes:
+    load = _Process.family.load("load_processor") if _Process.family is not None else None
+    if load is None:
         return get_processor(*args, **kwargs)
-    return load_processor(get_processor, *args, **kwargs)
+    return load(get_processor, *args, **kwargs)
 
 
 def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> tuple[type, str]:
-    external.register_models(config.hf_config.architectures or ())
+    if _Process.config is None:
+        found: tuple[type, str] = get_model_architecture(config)
+        return found
+    registry.register_model(config.hf_config.architectures)
     model, name = get_model_architecture(config)
-    if _Process.config is not None and _Process.config.vision_fixes:
-        try:
-            model = corrections.for_architecture(model, name)
-        except UnsupportedError as error:
-            _stop(error)
-    return model, name
+    try:
+        return registry.model_class(model, name), name
+    except UnsupportedError as error:
+        _stop(error)
 
 
 # --- The scheduler ---------------------------------------------------------------------------
@@ -270,26 +309,32 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     backend = result.attn_backend
     hybrid = isinstance(backend, HybridAttnBackend)
     prefill_backend = backend.prefill_backend if hybrid else backend
+    hf_config = model_runner.model_config.hf_config
+    family = registry.family_of(hf_config.architectures)
     try:
-        rule = SpanRule.of_model(model_runner.model_config.hf_config)
-        support.check_model(model_runner)
+        rule = registry.span_rule(hf_config)
+        refusals.check_model(model_runner)
         passed_over = put_on(
             prefill_backend,
             observer,
-            layers=support.attention_layers(model_runner.model),
+            layers=refusals.attention_layers(model_runner.model),
             dtype=model_runner.dtype,
-            kernel=support.prefill_kernel(resolved_view(model_runner.server_args), config),
+            kernel=refusals.prefill_kernel(resolved_view(model_runner.server_args), config),
         )
-        keeper = embeddings.Keeper(observer)
-        fixes = vision.install(model_runner.model_config.hf_config.model_type, config)
-        fixes += corrections.described(model_runner.model)
-        fixes += embeddings.install(keeper, config)
+        holder = embeddings.EmbeddingHolder(observer)
+        architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
+        if (install := family.load("install_in_scheduler")) is not None:
+            install(architecture)
+        embeddings.install(holder)
     except UnsupportedError as error:
         _stop(error)
+    corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    _Process.serving = _Serving(config, rule, observer, keeper, fixes, prefill_backend.pevlm_kernel)
+    _Process.serving = _Serving(
+        config, rule, observer, holder, corrections, prefill_backend.pevlm_kernel
+    )
     if first_rank:
         steps = rule.frames_per_step
         logger.info(
@@ -305,7 +350,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         )
         if passed_over:
             logger.info("PEVLM prefill kernel auto passed over %s", passed_over)
-        logger.info("PEVLM vision corrections: %s", "; ".join(fixes) or "none")
+        logger.info("PEVLM vision corrections: %s", "; ".join(corrections))
 
 
 def _stop_unless_hooked() -> None:
@@ -325,9 +370,15 @@ def _before_add_request_to_queue(
     _scheduler: Any, req: Any, *args: Any, is_retracted: bool = False, **kwargs: Any
 ) -> None:
     if (serving := _Process.serving) is not None:
-        serving.keeper.release(req.multimodal_inputs)
+        serving.holder.release(req.multimodal_inputs)
         if not is_retracted:
             requests.on_queued(req, serving.rule)
+
+
+def _after_state_is_outdated(_result: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang flushes keys and values, and keeps the embeddings of the tower's old weights."""
+    if (serving := _Process.serving) is not None:
+        serving.holder.forget()
 
 
 # --- Seen from outside -----------------------------------------------------------------------
@@ -340,13 +391,13 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
             "base_backend": scheduler.tp_worker.model_runner.prefill_attention_backend_str,
             "prefill_kernel": serving.prefill_kernel,
             "frames_per_step": serving.rule.frames_per_step,
-            "vision_corrections": list(serving.vision_corrections),
+            "vision_corrections": list(serving.corrections),
         }
 
 
 def _after_get_internal_state(output: Any, _scheduler: Any, _request: Any) -> None:
     if (serving := _Process.serving) is not None:
-        serving.keeper.report()
+        serving.holder.report()
         output.internal_state[SERVER_INFO_KEY] = serving.observer.describe()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.families.spans import Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import Layout
 from pevlm_sglang.observe.observer import (
     DISABLED,
@@ -52,8 +52,7 @@ def on_queued(req: Any, rule: SpanRule) -> None:
     error = req.pevlm_error or _session_conflict(req)
     if error is None and req.multimodal_inputs is not None:
         try:
-            prompt = Prompt(req.origin_input_ids, req.tokenizer)
-            layout = lay_out(req.multimodal_inputs, prompt, rule, req.pevlm_config)
+            layout = lay_out(req.multimodal_inputs, req.origin_input_ids, rule, req.pevlm_config)
         except ValueError as refusal:  # FrameSpanError, or spans that make no layout
             error = str(refusal)
         else:
@@ -65,7 +64,7 @@ def on_queued(req: Any, rule: SpanRule) -> None:
         req.set_finish_with_abort(f"PEVLM: {error}")
 
 
-def lay_out(inputs: Any, prompt: Prompt, rule: SpanRule, config: PevlmConfig) -> RequestLayout:
+def lay_out(inputs: Any, ids: Sequence[int], rule: SpanRule, config: PevlmConfig) -> RequestLayout:
     """The layout of a request's ``MultimodalInputs``.
 
     Raises:
@@ -74,7 +73,7 @@ def lay_out(inputs: Any, prompt: Prompt, rule: SpanRule, config: PevlmConfig) ->
     """
     if not config.enabled:
         return RequestLayout(Layout(), DISABLED)
-    videos = rule.spans(inputs, prompt, image_runs=config.image_runs)
+    videos = rule.spans(inputs, ids, image_runs=config.image_runs)
     layout = Layout.build(videos, sink_frames=config.sink_frames, block_frames=config.block_frames)
     if layout.first_sparse is not None:
         return RequestLayout(layout, None)

@@ -16,8 +16,8 @@ from pevlm_sglang.attention.bases.torch_native import PevlmTorchNative
 from pevlm_sglang.attention.bases.triton import PevlmTriton
 from pevlm_sglang.attention.bases.trtllm_mha import PevlmTrtllmMha
 from pevlm_sglang.attention.kernel_choice import choose
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.settings.config import PREFILL_KERNELS
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 
 class Pool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pevlm_sglang.families.sizes import Geometry, of_checkpoint, published
+from pevlm_sglang.families.registry import of_checkpoint, published
+from pevlm_sglang.families.sizes import Geometry
 from support.families import internvl_model, longvila
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -38,8 +39,8 @@ def golden_steps(family: str) -> list[tuple[int, str]]:
 
 def test_steps_are_those_of_the_processor(family: str, geometry: Geometry) -> None:
     """But for a label whose first token is the text's before it."""
-    knobs = geometry.knobs({"num_frames": 2})
-    first, second = geometry.video(30, 10.0, (64, 48), knobs).steps
+    settings = geometry.settings({"num_frames": 2})
+    first, second = geometry.video(30, 10.0, (64, 48), settings).steps
     whole = [tokens for tokens, text in golden_steps(family) if not text.startswith('"1: ')]
     assert whole
     assert set(whole) <= {first, second}
@@ -52,33 +53,33 @@ def test_steps_are_those_of_the_processor(family: str, geometry: Geometry) -> No
 def test_published_checkpoints(name: str, frames: int, tokens: int) -> None:
     """16 × 16 tokens a frame with its label, 23 of them of two digits; 16 × 16 and a newline."""
     model = published()[name]
-    video = model.video(9_000, 30.0, (1280, 720), model.knobs({}))
+    video = model.video(9_000, 30.0, (1280, 720), model.settings({}))
     assert (video.frames, sum(video.steps)) == (frames, tokens)
 
 
 def test_rate_of_longvila() -> None:
     model = published()["longvila"]
-    knobs = model.knobs({"fps": 2})
-    assert model.video(300, 30.0, (64, 48), knobs).frames == 20
-    assert model.video(300_000, 30.0, (64, 48), knobs).frames == 256
+    settings = model.settings({"fps": 2})
+    assert model.video(300, 30.0, (64, 48), settings).frames == 20
+    assert model.video(300_000, 30.0, (64, 48), settings).frames == 256
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fps": 1}, "video knob fps: expected one of num_frames, max_frames"),
+        ({"fps": 1}, "video setting fps: expected one of num_frames, max_frames"),
         ({"num_frames": 0}, "num_frames: expected a whole number of more than 0, got 0"),
         ({"num_frames": 800}, r"num_frames: expected at most max_frames \(768\), got 800"),
     ],
 )
-def test_bad_knobs_of_internvl(values: dict, message: str) -> None:
+def test_bad_settings_of_internvl(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        published()["internvl3_5"].knobs(values)
+        published()["internvl3_5"].settings(values)
 
 
 def test_another_number_of_frames_says_how(geometry: Geometry) -> None:
     with pytest.raises(ValueError, match=r"7 sampled frames: 5 are .* set num_frames to 7"):
-        geometry.sample(7, geometry.knobs({"num_frames": 5}))
+        geometry.sample(7, geometry.settings({"num_frames": 5}))
 
 
 def test_unknown_projector_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""frames.py and the Qwen2-VL family: multimodal items → frame spans, or a clear refusal."""
+"""The shelf of spans on Qwen2-VL's items: frame spans, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pevlm_sglang.errors import FrameSpanError, UnsupportedError
+from pevlm_sglang.families import registry
 from pevlm_sglang.families.internvl import spans as internvl
+from pevlm_sglang.families.qwen_vl import QWEN2_VL
 from pevlm_sglang.families.qwen_vl import spans as qwen_vl
 from pevlm_sglang.families.qwen_vl import timestamps as qwen3_vl
 from pevlm_sglang.families.refused import REASONS
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import FrameSpans
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 RULE = SpanRule(qwen_vl, 2)
 
@@ -70,7 +72,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 def spans(*items: Any, image_runs: bool = False) -> list[FrameSpans]:
-    return RULE.spans(SimpleNamespace(mm_items=items), Prompt(()), image_runs=image_runs)
+    return RULE.spans(SimpleNamespace(mm_items=items), (), image_runs=image_runs)
 
 
 def even(start: int, steps: int, tokens: int) -> FrameSpans:
@@ -226,13 +228,13 @@ def test_images_without_offsets() -> None:
 # --- Models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", qwen_vl.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QWEN2_VL.architectures)
 @pytest.mark.parametrize("temporal", [1, 2, 4])
 def test_rule_of_a_model(architecture: str, temporal: int) -> None:
     config = SimpleNamespace(
         architectures=[architecture], vision_config=SimpleNamespace(temporal_patch_size=temporal)
     )
-    assert SpanRule.of_model(config) == SpanRule(qwen_vl, temporal)
+    assert registry.span_rule(config) == SpanRule(qwen_vl, temporal)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +248,8 @@ def test_rule_of_a_model(architecture: str, temporal: int) -> None:
 )
 def test_unknown_model_lists_the_supported(architectures: list | None, shown: str) -> None:
     with pytest.raises(UnsupportedError, match=f"model architecture {shown}.*supported: ") as error:
-        SpanRule.of_model(SimpleNamespace(architectures=architectures))
-    for known in qwen_vl.ARCHITECTURES:
+        registry.span_rule(SimpleNamespace(architectures=architectures))
+    for known in QWEN2_VL.architectures:
         assert known in str(error.value)
 
 
@@ -255,7 +257,7 @@ def test_unknown_model_lists_the_supported(architectures: list | None, shown: st
 def test_refused_model_says_why(architecture: str) -> None:
     reason = f"model architecture {architecture}: .*: {re.escape(REASONS[architecture])}; supported"
     with pytest.raises(UnsupportedError, match=reason):
-        SpanRule.of_model(SimpleNamespace(architectures=[architecture]))
+        registry.span_rule(SimpleNamespace(architectures=[architecture]))
 
 
 def test_refused_models_are_sglang_s_own() -> None:
@@ -274,23 +276,21 @@ def test_refused_models_are_sglang_s_own() -> None:
 
 
 @pytest.mark.parametrize("grid", [[4, 8, 8], 7, [[1, 2]], [["a", 1, 1]], [None]])
-@pytest.mark.parametrize("family", [qwen_vl, qwen3_vl])
-def test_grid_of_another_shape_is_refused(family: Any, grid: Any) -> None:
+def test_grid_of_another_shape_is_refused(grid: Any) -> None:
     bad = Item(
         modality=Modality.VIDEO, offsets=[(0, 3)], model_specific_data={"video_grid_thw": grid}
     )
-    with pytest.raises(FrameSpanError, match="video_grid_thw: expected rows of three numbers"):
-        SpanRule(family, 2).spans(
-            SimpleNamespace(mm_items=[bad]), Prompt([7] * 4, object()), image_runs=False
-        )
+    message = "video_grid_thw: expected rows of three numbers"
+    with pytest.raises(FrameSpanError, match=message):
+        SpanRule(qwen_vl, 2).spans(SimpleNamespace(mm_items=[bad]), [7] * 4, image_runs=False)
+    with pytest.raises(ValueError, match=message):
+        qwen3_vl.label_items([bad], [7] * 4, object())
 
 
-@pytest.mark.parametrize("mark", [5, [[1]], [[1, "a"]], "x", [None]])
+@pytest.mark.parametrize("mark", [5, [[1]], [[1, "a"]], "x", [None], [[0, 1]], [[1, -1]]])
 def test_mark_of_another_shape_is_refused(mark: Any) -> None:
     bad = Item(
-        modality=Modality.VIDEO, offsets=[(0, 3)], model_specific_data={"pevlm_videos": mark}
+        modality=Modality.VIDEO, offsets=[(0, 3)], model_specific_data={"pevlm_labels": mark}
     )
     with pytest.raises(FrameSpanError, match="expected a video that this server sampled itself"):
-        SpanRule(internvl, 1).spans(
-            SimpleNamespace(mm_items=[bad]), Prompt([7] * 4), image_runs=False
-        )
+        SpanRule(internvl, 1).spans(SimpleNamespace(mm_items=[bad]), [7] * 4, image_runs=False)

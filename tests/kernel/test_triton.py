@@ -1,5 +1,5 @@
-"""The Triton kernel under its interpreter: all of test_implementations.py and test_packed.py again, in a
-process of its own, since the interpreter has to be chosen before triton is imported."""
+"""The Triton kernel under its interpreter: all of test_implementations.py and test_packed.py again,
+in a process of its own, since the interpreter has to be chosen before triton is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("file", "at_least"), [("test_implementations.py", 80), ("test_packed.py", 20)])
+@pytest.mark.parametrize(
+    ("file", "at_least"), [("test_implementations.py", 80), ("test_packed.py", 20)]
+)
 def test_under_the_interpreter(file: str, at_least: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", "triton"],

@@ -13,12 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.media import embeddings
-from pevlm_sglang.media.embeddings import Keeper
+from pevlm_sglang.media.embeddings import EmbeddingHolder
 from pevlm_sglang.observe.observer import Observer
-from pevlm_sglang.seams import wrap
-from pevlm_sglang.settings.config import PevlmConfig
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 mm_schedule = pytest.importorskip("sglang.srt.managers.mm_schedule")
 mm_utils = pytest.importorskip("sglang.srt.managers.mm_utils")
@@ -140,9 +138,9 @@ _identities = _count()
 class Scheduler:
     """Runs forwards through SGLang's ``embed_mm_inputs`` and checks what each of them embeds."""
 
-    def __init__(self, model: Model, keeper: Keeper) -> None:
+    def __init__(self, model: Model, holder: EmbeddingHolder) -> None:
         self.model = model
-        self.keeper = keeper
+        self.holder = holder
 
     def forward(self, *rows: tuple[Request, int, int]) -> None:
         """One batch of (request, prefix, end)."""
@@ -174,7 +172,7 @@ class Scheduler:
         held = []
         for start in range(hit, len(request.ids), chunk):
             self.forward((request, start, min(start + chunk, len(request.ids))))
-            held.append(self.keeper.num_bytes)
+            held.append(self.holder.num_bytes)
         return held
 
 
@@ -194,12 +192,15 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def build(
-        model: Model | None = None, *, cache_bytes: int = 0, vision_fixes: bool = True
+        model: Model | None = None, *, cache_bytes: int = 0, upstream: bool = False
     ) -> Scheduler:
         mm_schedule.init_mm_embedding_cache(cache_bytes)
-        keeper = Keeper(Observer(log=False, metrics=False))
-        embeddings.install(keeper, PevlmConfig(vision_fixes=vision_fixes))
-        return Scheduler(model or Model(), keeper)
+        holder = EmbeddingHolder(Observer(log=False, metrics=False))
+        if upstream:
+            embeddings.observe_runs(holder.observer)
+        else:
+            embeddings.install(holder)
+        return Scheduler(model or Model(), holder)
 
     return build
 
@@ -228,18 +229,18 @@ def test_one_run_an_item(
     assert sorted(map(id, encoded)) == sorted(map(id, request.inputs.mm_items))
     assert held[-1] == 0
     assert (max(held) > 0) == (chunk < 40)
-    totals = scheduler.keeper.observer.totals
+    totals = scheduler.holder.observer.totals
     assert (totals.vision_runs, totals.vision_items) == (len(scheduler.model.runs), len(encoded))
     assert totals.vision_seconds > 0
 
 
 def test_upstream_runs_again_and_is_counted(start: Start) -> None:
-    """What this file is about, and the flag that gives it back."""
-    scheduler = start(vision_fixes=False)
+    """What this file is about."""
+    scheduler = start(upstream=True)
     scheduler.prefill(Request.of(Medium([40])), 10)
     assert len(scheduler.model.runs) == 5
-    assert scheduler.keeper.observer.describe()["vision_runs"] == 5
-    assert scheduler.keeper.num_bytes == 0
+    assert scheduler.holder.observer.describe()["vision_runs"] == 5
+    assert scheduler.holder.num_bytes == 0
 
 
 @pytest.mark.parametrize("shape", ["two videos", "two videos, a range a frame"])
@@ -266,13 +267,13 @@ def test_freed_after_its_last_chunk(start: Start) -> None:
     scheduler = start()
     request = Request.of(Medium([40]))
     scheduler.forward((request, 0, 20))
-    [result] = scheduler.keeper.held([request.inputs]).values()
+    [result] = scheduler.holder.held([request.inputs]).values()
     embedding = weakref.ref(result.embedding)
     del result
-    assert scheduler.keeper.num_bytes == 40 * HIDDEN * 4
+    assert scheduler.holder.num_bytes == 40 * HIDDEN * 4
     scheduler.forward((request, 20, 43))  # up to the end of the video, text to come
     assert embedding() is None
-    assert scheduler.keeper.num_bytes == 0
+    assert scheduler.holder.num_bytes == 0
     scheduler.forward((request, 43, len(request.ids)))
     assert len(scheduler.model.runs) == 1
 
@@ -282,9 +283,9 @@ def test_only_a_cut_request_holds(start: Start) -> None:
     scheduler = start()
     queue = [Request.of(Medium([40])) for _ in range(50)]
     for number, request in enumerate(queue):
-        assert scheduler.keeper.num_bytes == 0
+        assert scheduler.holder.num_bytes == 0
         scheduler.forward((request, 0, 30))
-        assert scheduler.keeper.num_bytes == 40 * HIDDEN * 4
+        assert scheduler.holder.num_bytes == 40 * HIDDEN * 4
         following = queue[number + 1 : number + 2]
         scheduler.forward((request, 30, len(request.ids)), *((r, 0, 3) for r in following))
     assert len(scheduler.model.runs) == 50
@@ -325,7 +326,7 @@ def test_any_queue(start: Start, data: st.DataObject) -> None:
     ]
     encoded = [item for run in scheduler.model.runs for item in run]
     assert sorted(map(id, encoded)) == sorted(map(id, needed))
-    assert scheduler.keeper.num_bytes == 0
+    assert scheduler.holder.num_bytes == 0
 
 
 @pytest.mark.parametrize("runs", [[40], [5] * 8])
@@ -335,12 +336,12 @@ def test_same_video_of_two_requests(start: Start, runs: list[int]) -> None:
     first, second, third = (Request.of(Medium(runs, identity=7)) for _ in range(3))
     scheduler.forward((first, 0, 30), (second, 0, 30))
     assert len(scheduler.model.runs) == 1
-    assert scheduler.keeper.num_bytes == 40 * HIDDEN * 4
+    assert scheduler.holder.num_bytes == 40 * HIDDEN * 4
     length = len(first.ids)
     scheduler.forward((first, 30, length), (second, 30, length), (third, 0, 20))
     scheduler.forward((third, 20, length))
     assert len(scheduler.model.runs) == 1
-    assert scheduler.keeper.num_bytes == 0
+    assert scheduler.holder.num_bytes == 0
 
 
 def test_upstream_cache_serves_repeats_of_what_fits(start: Start) -> None:
@@ -369,8 +370,8 @@ def test_what_was_encoded_beside_it_is_not_held(start: Start, cache_bytes: int) 
     done, cut = Request.of(Medium([40])), Request.of(Medium([20]))
     scheduler.forward((done, 0, len(done.ids)), (cut, 0, 10))
     assert len(scheduler.model.runs) == 1
-    assert scheduler.keeper.num_bytes == 20 * HIDDEN * 4
-    [held] = scheduler.keeper.held([cut.inputs]).values()
+    assert scheduler.holder.num_bytes == 20 * HIDDEN * 4
+    [held] = scheduler.holder.held([cut.inputs]).values()
     cached = mm_schedule.embedding_cache.get_single(cut.inputs.mm_items[0].hash)
     assert cached is (held if cache_bytes else None), "not in memory twice"
 
@@ -382,7 +383,7 @@ def test_end_of_a_request_releases(start: Start) -> None:
     scheduler.forward((request, 0, 20))
     request.inputs.release_features()
     assert request.inputs.mm_items[0].feature is None
-    assert scheduler.keeper.observer.kept_bytes == 0
+    assert scheduler.holder.observer.kept_bytes == 0
     request.inputs.release_features()
 
 
@@ -390,19 +391,19 @@ def test_object_that_dies_releases(start: Start) -> None:
     scheduler = start()
     scheduler.forward((Request.of(Medium([40])), 0, 20))
     gc.collect()
-    scheduler.keeper.report()
-    assert scheduler.keeper.observer.kept_bytes == 0
+    scheduler.holder.report()
+    assert scheduler.holder.observer.kept_bytes == 0
 
 
 def test_queued_again_starts_over(start: Start) -> None:
     scheduler = start()
     request = Request.of(Medium([40]))
     scheduler.forward((request, 0, 20))
-    scheduler.keeper.release(request.inputs)
-    assert scheduler.keeper.num_bytes == 0
+    scheduler.holder.release(request.inputs)
+    assert scheduler.holder.num_bytes == 0
     scheduler.prefill(request, 16)
     assert len(scheduler.model.runs) == 2
-    scheduler.keeper.release(None)  # a request without media
+    scheduler.holder.release(None)  # a request without media
 
 
 def test_another_video_of_the_same_hash(start: Start) -> None:
@@ -446,21 +447,23 @@ def test_missing_seam_is_refused(start: Start, seam: str, monkeypatch: pytest.Mo
 
 def test_changed_seam_is_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mm_utils, "embed_mm_inputs", lambda mm_inputs_list: None)
-    with pytest.raises(UnsupportedError, match=r"'extend_prefix_lens' in .*embed_mm_inputs"):
+    with pytest.raises(UnsupportedError, match=r"no extend_prefix_lens, .* in .*embed_mm_inputs"):
         start()
     monkeypatch.delattr(mm_schedule.MultiModalStaticCache, "get_single")
     with pytest.raises(UnsupportedError, match="embedding cache has no get_single"):
         start()
 
 
-def test_wrapped_once() -> None:
-    class Owner:
-        def method(self) -> int:
-            return 1
-
-    def plus_one(method: Callable[..., int]) -> Callable[..., int]:
-        return lambda self: method(self) + 1
-
-    for _ in range(2):
-        wrap(Owner, "method", plus_one)
-    assert Owner().method() == 2
+@pytest.mark.parametrize("cache_bytes", [0, MEGABYTE])
+def test_forgotten_embeddings_are_encoded_anew(start: Start, cache_bytes: int) -> None:
+    """Weights change in the middle of a prefill, and before the same video comes again."""
+    scheduler = start(cache_bytes=cache_bytes)
+    request = Request.of(Medium([40]))
+    scheduler.forward((request, 0, 20))
+    scheduler.holder.forget()
+    assert (scheduler.holder.num_bytes, len(mm_schedule.embedding_cache)) == (0, 0)
+    scheduler.forward((request, 20, len(request.ids)))
+    assert len(scheduler.model.runs) == 2
+    scheduler.holder.forget()
+    scheduler.prefill(Request.of(Medium([40])), 100)
+    assert len(scheduler.model.runs) == 3

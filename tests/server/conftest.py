@@ -72,13 +72,7 @@ DEPLOYMENTS = {
         ),
         NO_EMBEDDING_CACHE,
     ),
-    "upstream_vision": Deployment(
-        (
-            *("--chunked-prefill-size", "8192", "--disable-radix-cache"),
-            *("--pevlm-vision-fixes", "false"),
-        ),
-        oracle=partial(QwenVLOracle, upstream_vision=True),
-    ),
+    "one_chunk": Deployment(("--chunked-prefill-size", "8192", "--disable-radix-cache")),
     "qwen2_vl_retracting": Deployment(
         ("--chunked-prefill-size", "257", "--disable-radix-cache"),
         {"SGLANG_TEST_RETRACT": "1", **NO_EMBEDDING_CACHE},

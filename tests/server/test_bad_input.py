@@ -70,7 +70,7 @@ def test_broken_video(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "reason"),
+    ("settings", "reason"),
     [
         ({"fps": 0}, "fps"),
         ({"fps": "fast"}, "fps"),
@@ -84,12 +84,12 @@ def test_broken_video(
     ],
 )
 def test_bad_knob_of_a_video(
-    knobs: dict[str, Any],
+    settings: dict[str, Any],
     reason: str,
     ask: Callable[..., tuple[int, str]],
     clip: Callable[..., Path],
 ) -> None:
-    url = {"url": video_data_url(clip(10)), **knobs}
+    url = {"url": video_data_url(clip(10)), **settings}
     status, answer = ask({"type": "video_url", "video_url": url})
     assert status == 400
     assert reason in answer

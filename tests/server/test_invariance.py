@@ -45,7 +45,7 @@ FLAGS = {
         "page_size": 16,
         "chunked_prefill_size": 64,
     },
-    "upstream_vision": {"disable_radix_cache": True, "chunked_prefill_size": 8192},
+    "one_chunk": {"disable_radix_cache": True, "chunked_prefill_size": 8192},
     "qwen2_vl_retracting": {"disable_radix_cache": True, "chunked_prefill_size": 257},
     "triton": {"attention_backend": "triton", "chunked_prefill_size": 64},
     "two_ranks_retracting": {"tp_size": 2, "chunked_prefill_size": 8192},
@@ -66,9 +66,7 @@ def test_chunks(exchange: Exchange, clip: Clip, request: pytest.FixtureRequest) 
     assert exchange.totals()["sparse_forwards"] - before == len(chunks)
 
 
-@pytest.mark.parametrize(
-    "exchange", ["chunk_257", "mixed_page_16", "upstream_vision"], indirect=True
-)
+@pytest.mark.parametrize("exchange", ["chunk_257", "mixed_page_16", "one_chunk"], indirect=True)
 def test_batch_of_several_requests(
     exchange: Exchange, clip: Clip, picture: Callable[[int], Path]
 ) -> None:

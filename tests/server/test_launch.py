@@ -58,7 +58,7 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
         ),
         (
             ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"frames": 8}}'),
-            "PEVLM: --mm-process-config: video knob frames: expected one of fps, nframes",
+            "PEVLM: --mm-process-config: video setting frames: expected one of fps, nframes",
         ),
         (
             ("--attention-backend", "pevlm", "--pevlm-config", "/nowhere.yaml"),
@@ -97,7 +97,7 @@ def test_unknown_video_setting_is_refused(model: Callable[[str], Path]) -> None:
     """SGLang itself would ignore it, for a model that samples a fixed number of frames."""
     flags = ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"fps": 2}}')
     written = _refusal(model("internvl"), *flags)
-    reason = "video knob fps: expected one of num_frames, max_frames"
+    reason = "video setting fps: expected one of num_frames, max_frames"
     assert f"PEVLM: --mm-process-config: {reason}" in written
     assert "Load weight" not in written
 
@@ -116,7 +116,7 @@ def test_moved_seam_is_refused(model: Callable[[str], Path]) -> None:
         "from sglang.srt.managers.scheduler import Scheduler; del Scheduler.get_init_info;" + LAUNCH
     )
     written = _refusal(model("qwen2_5_vl"), "--attention-backend", "pevlm", code=code)
-    assert "PEVLM is not available: this SGLang lacks" in written
+    assert "PEVLM is not available: this SGLang has no" in written
     assert "Scheduler.get_init_info" in written
     assert "invalid choice: 'pevlm'" in written
 
@@ -156,7 +156,7 @@ def test_serve_with_a_config_file(
     config = tmp_path / "server.yaml"
     config.write_text(
         "prefill-attention-backend: pevlm\npevlm-image-runs: true\n"
-        f"pevlm-config: {preset}\npevlm-block-frames: 4\npevlm-vision-fixes: false\n"
+        f"pevlm-config: {preset}\npevlm-block-frames: 4\n"
     )
     with Server(
         model("qwen2_5_vl"), "--config", str(config), *FEW_TOKENS, command="serve"
@@ -166,7 +166,7 @@ def test_serve_with_a_config_file(
         server.chat([video], max_tokens=2)
         totals = server.info()["internal_states"][0]["pevlm"]
     assert info | {"sink_frames": 2, "block_frames": 4, "image_runs": True} == info
-    assert info | {"vision_fixes": False, "vision_corrections": []} == info
+    assert "the vision tower attends within each step" in info["vision_corrections"]
     assert (info["base_backend"], info["prefill_kernel"]) == ("torch_native", "sdpa")
     assert totals["sparse_tokens"] > 0
 

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.server
 one_server = pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
 
 
-@pytest.mark.parametrize(
-    "exchange", ["chunk_257", "mixed_page_16", "upstream_vision"], indirect=True
-)
+@pytest.mark.parametrize("exchange", ["chunk_257", "mixed_page_16", "one_chunk"], indirect=True)
 @pytest.mark.parametrize("sink_frames", [0, 2, 3, 16])
 @pytest.mark.parametrize("block_frames", [2, 5, 16])
 def test_sizes(exchange: Exchange, clip: Clip, sink_frames: int, block_frames: int) -> None:
@@ -40,7 +38,7 @@ def test_triton(exchange: Exchange, clip: Clip, setting: Setting | None) -> None
     exchange.check(about(clip(10), setting=setting))
 
 
-@pytest.mark.parametrize("exchange", ["chunk_257", "upstream_vision"], indirect=True)
+@pytest.mark.parametrize("exchange", ["chunk_257", "one_chunk"], indirect=True)
 def test_another_mask_would_show(exchange: Exchange, clip: Clip) -> None:
     question = about(clip(30), setting=Setting(4, 4))
     [answer] = exchange.check(question)

@@ -1,4 +1,4 @@
-"""The video that the model sees: resized as by qwen-vl-utils, and with the knobs of a request."""
+"""The video that the model sees: resized as by qwen-vl-utils, and with the wishes of a request."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pevlm_sglang.settings.config import BASE_BACKENDS, MAX_FRAMES, PevlmConfig,
 from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requested
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
-ALL = (*PER_REQUEST, "base_backend", "prefill_kernel", "vision_fixes")
+ALL = (*PER_REQUEST, "base_backend", "prefill_kernel")
 LONGEST_MESSAGE = 400
 
 
@@ -40,7 +40,6 @@ def test_defaults() -> None:
         "image_runs": False,
         "base_backend": "auto",
         "prefill_kernel": "auto",
-        "vision_fixes": True,
     }
     assert PevlmConfig.option_names() == ALL
     assert PevlmConfig.option_names(per_request=True) == PER_REQUEST
@@ -71,7 +70,6 @@ def test_config_is_frozen() -> None:
         ({"base_backend": "FA3"}, "base_backend: expected one of auto, fa3, .*, got 'FA3'"),
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
         ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
-        ({"vision_fixes": "off"}, "vision_fixes: expected bool, got 'off'"),
     ],
 )
 def test_bad_values(values: dict, message: str) -> None:
@@ -177,7 +175,7 @@ def test_other_custom_params_are_left_alone() -> None:
     [
         ({"sink": 1}, f"unknown option 'sink'; valid options: {', '.join(PER_REQUEST)}$"),
         ({"base_backend": "fa3"}, "unknown option 'base_backend'; valid options: enabled, "),
-        ({"vision_fixes": True}, "unknown option 'vision_fixes'"),
+        ({"prefill_kernel": "base"}, "unknown option 'prefill_kernel'"),
         ({"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, "unknown option 'a', 'b', 'c' and 2 more;"),
         ({"pevlm": {"sink_frames": 1}}, "unknown option 'pevlm'"),
         ({"sink_frames": True}, "sink_frames: expected int, got True"),
@@ -281,7 +279,6 @@ FLAGS = {
     "image_runs": (("--pevlm-image-runs",), True),
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
-    "vision_fixes": (("--pevlm-vision-fixes", "False"), False),
     "config": (("--pevlm-config", "a.yaml"), "a.yaml"),
 }
 

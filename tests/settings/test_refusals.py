@@ -10,7 +10,7 @@ import torch
 
 from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.settings.refusals import (
-    _REFUSALS,
+    REFUSALS,
     UnsupportedError,
     check_server_args,
     prefill_kernel,
@@ -21,7 +21,7 @@ CONFIG = PevlmConfig()
 
 def server_args(**changes: Any) -> SimpleNamespace:
     """Resolved arguments of an ordinary server."""
-    ordinary = {refusal.option: refusal.unless[0] for refusal in _REFUSALS}
+    ordinary = {refusal.option: refusal.unless[0] for refusal in REFUSALS}
     ordinary |= {
         "prefill_attention_backend": None,
         "attention_backend": "fa3",
@@ -77,7 +77,7 @@ def test_refused_options(option: str, value: Any) -> None:
 
 def test_every_refusal_has_a_case() -> None:
     cases = test_refused_options.pytestmark[0].args[1]
-    assert {option for option, _ in cases} == {refusal.option for refusal in _REFUSALS}
+    assert {option for option, _ in cases} == {refusal.option for refusal in REFUSALS}
 
 
 @pytest.mark.parametrize("base", ["triton", "fa4", "trtllm_mha", None])

@@ -49,11 +49,10 @@ def register() -> None:
 
 def _shifted(req: Any, rule: Any, layout: Any, *, steps: int) -> Any:
     """Every boundary, the sink's end and those of the blocks, some steps later."""
-    from pevlm_sglang.families.spans import Prompt
     from pevlm_sglang.layout import Layout
 
-    config, prompt = req.pevlm_config, Prompt(req.origin_input_ids, req.tokenizer)
-    videos = rule.spans(req.multimodal_inputs, prompt, image_runs=config.image_runs)
+    config = req.pevlm_config
+    videos = rule.spans(req.multimodal_inputs, req.origin_input_ids, image_runs=config.image_runs)
     return Layout.build(
         videos,
         sink_frames=config.sink_frames + steps * rule.frames_per_step,

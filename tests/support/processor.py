@@ -11,7 +11,10 @@ from unittest import mock
 
 import torch
 
-from pevlm_sglang.settings.config import PevlmConfig
+
+def without_pinned_memory() -> Any:
+    """SGLang pins frames outside its CPU platform; a CUDA build of torch cannot without a GPU."""
+    return mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
 
 class Processor:
@@ -27,7 +30,7 @@ class Processor:
         request = SimpleNamespace(
             image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
         )
-        with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor):
+        with without_pinned_memory():
             return asyncio.run(
                 self.sglang.process_mm_data_async(
                     image_data=request.image_data, input_text=text, request_obj=request
@@ -42,7 +45,6 @@ def sglang_processor(
     hf_processor: Any,
     *,
     video: Mapping[str, Any] | None = None,
-    vision_fixes: bool = True,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -51,18 +53,17 @@ def sglang_processor(
         hf_config: of the model.
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
-        vision_fixes: of the plugin.
     """
     from sglang.srt.runtime_context import get_context
 
     context = get_context()
     with context.override_server_args(
         mm_process_config={"video": dict(video or {})},
-        _pevlm_config=PevlmConfig(vision_fixes=vision_fixes),
     ) as server_args:
-        processor: Any = processor_class(
-            hf_config, server_args, hf_processor, "default", skip_mm_pool=True
-        )
+        with without_pinned_memory():
+            processor: Any = processor_class(
+                hf_config, server_args, hf_processor, "default", skip_mm_pool=True
+            )
         try:
             yield Processor(processor)
         finally:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from families.qwen_vl.test_sizes import show
-from pevlm_sglang.families.sizes import of_checkpoint, published
+from pevlm_sglang.families.registry import of_checkpoint, published
 from pevlm_sglang.settings.config import PevlmConfig, load_file
 from pevlm_sglang.tools import picture
 from pevlm_sglang.tools.cli import main
 from support.spec_mask import spec_mask
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -109,17 +109,18 @@ def test_notes(capsys: pytest.CaptureFixture[str], command: str, note: str) -> N
 
 
 def test_switched_off_is_full_attention(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "off.yaml").write_text("enabled: false\nvision_fixes: false")
+    (tmp_path / "off.yaml").write_text("enabled: false")
     text = show(capsys, f"{tmp_path / 'off.yaml'} --frames 64")
     assert "attention speed-up 1.00x" in text
     assert "note: PEVLM is switched off" in text
     assert "--pevlm-enabled false" in text
-    assert "note: vision_fixes is off: SGLang's own resize may give other" in text
 
 
 def test_flags_give_the_same_prompt_again(capsys: pytest.CaptureFixture[str]) -> None:
-    knobs = '{"video": {"fps": 1.5, "max_pixels": 400000}}'
-    command = f"--duration 90 --sink-frames 2 --json --mm-process-config '{knobs}' --max-frames 99"
+    settings = '{"video": {"fps": 1.5, "max_pixels": 400000}}'
+    command = (
+        f"--duration 90 --sink-frames 2 --json --mm-process-config '{settings}' --max-frames 99"
+    )
     content = json.loads(show(capsys, command))
     flags = shlex.split(content["server_flags"])
     assert flags[:6] == [
@@ -234,7 +235,7 @@ def test_flags_take_precedence_over_the_preset(
          "'{\"video\": {\"min_pixels\": 9000, \"max_pixels\": 9000}}'", "too narrow"),
         ("--frames 8 --mm-process-config 3", "expected '{\"video\": {...}}'"),
         ("--frames 8 --mm-process-config '{\"video\": {\"frames\": 8}}'",
-         "video knob frames: expected one of fps, nframes"),
+         "video setting frames: expected one of fps, nframes"),
         ("--frames 8 --mm-process-config '{\"video\": {\"fps\": \"2\"}}'", "expected a number"),
         ("--frames 8 --fps 2 --mm-process-config '{\"video\": {\"nframes\": 8}}'", "got both"),
         ("--frames 8 --sink-frames -1", "sink_frames: expected >= 0"),

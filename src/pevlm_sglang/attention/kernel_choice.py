@@ -15,7 +15,7 @@ import torch
 from pevlm_kernels import PrefillPlan, pevlm_prefill
 from pevlm_kernels.choice import refusal
 from pevlm_sglang.attention.backend import PevlmBackend
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 BASE = "base"
 """The name of the base backend's own kernel, on rewritten metadata."""

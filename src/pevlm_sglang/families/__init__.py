@@ -1,1 +1,2 @@
-"""One file a model family: its items and token stream → FrameSpans."""
+"""One folder a model family: where its frames lie, what a video becomes, its processor and models.
+:mod:`pevlm_sglang.families.registry` is the one table of them."""

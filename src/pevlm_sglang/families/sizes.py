@@ -1,14 +1,10 @@
-"""One door to what a video becomes in each family: sampled frames and tokens, from its length and
-size alone. ``pevlm show`` stands on it; nothing here imports SGLang or torch.
-
-A family joins with a module that has ``ARCHITECTURES``, ``PUBLISHED`` and ``of_checkpoint`` (see
-``qwen_geometry``), named in :func:`_modules`.
-"""
+"""What a video becomes: sampled frames and tokens, from its length and size alone. ``pevlm show``
+stands on it; nothing here imports SGLang or torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +50,7 @@ class Geometry(Protocol):
     @property
     def default_prompt_tokens(self) -> int: ...
 
-    def knobs(self, values: Mapping[str, Any]) -> Any:
+    def settings(self, values: Mapping[str, Any]) -> Any:
         """The settings in the ``video`` section of SGLang's ``--mm-process-config``: a frozen
         dataclass with ``given()``, the values that are not at their default.
 
@@ -62,7 +58,7 @@ class Geometry(Protocol):
             ValueError: an unknown name, a bad value, or values that contradict each other.
         """
 
-    def sample(self, sampled: int, knobs: Any) -> tuple[int, float]:
+    def sample(self, sampled: int, settings: Any) -> tuple[int, float]:
         """Length in frames and frame rate of a file of which ``sampled`` frames are sampled.
 
         Raises:
@@ -70,13 +66,13 @@ class Geometry(Protocol):
         """
 
     def video(
-        self, total_frames: int, fps: float, size: tuple[int, int], knobs: Any
+        self, total_frames: int, fps: float, size: tuple[int, int], settings: Any
     ) -> VideoTokens:
         """What a file becomes.
 
         Args:
             total_frames, fps, size: of the file; width and height in pixels.
-            knobs: see :meth:`knobs`.
+            settings: see :meth:`settings`.
 
         Raises:
             ValueError: the server refuses the video.
@@ -90,33 +86,31 @@ class Geometry(Protocol):
         """
 
 
-def published() -> dict[str, Geometry]:
-    """The published checkpoints of each family, by a name for the command line."""
-    return {name: geometry for module in _modules() for name, geometry in module.PUBLISHED.items()}
+class SizeRules(Protocol):
+    """What a family's module ``sizes`` offers.
 
-
-def knob_names() -> list[str]:
-    """The knobs that take effect in some family."""
-    return sorted({name for module in _modules() for name in module.KNOBS})
-
-
-def of_checkpoint(directory: Path) -> Geometry:
-    """The geometry of a checkpoint; its weights are not needed.
-
-    Raises:
-        ValueError: a file that is missing or broken, or settings that are not known here.
+    Attributes:
+        SETTINGS: names in the ``video`` section of ``--mm-process-config`` that it heeds.
+        WISHES: names that a request may say beside its video.
+        PUBLISHED: the published checkpoints, by a name for the command line.
     """
-    config = read_json(directory / "config.json")
-    architectures: Iterable[str] = config.get("architectures") or ()
-    for module in _modules():
-        if any(name in module.ARCHITECTURES for name in architectures):
-            geometry: Geometry = module.of_checkpoint(config, directory)
-            return geometry
-    known = ", ".join(name for module in _modules() for name in module.ARCHITECTURES)
-    raise ValueError(
-        f"model architecture {', '.join(architectures) or 'unknown'}: its token counts are not "
-        f"known here; known: {known}"
-    )
+
+    SETTINGS: tuple[str, ...]
+    WISHES: tuple[str, ...]
+
+    @property
+    def PUBLISHED(self) -> Mapping[str, Geometry]: ...  # noqa: N802
+
+    def of_checkpoint(self, config: Mapping[str, Any], directory: Path) -> Geometry:
+        """The geometry of a checkpoint.
+
+        Args:
+            config: of ``config.json``.
+            directory: of the checkpoint.
+
+        Raises:
+            ValueError: a missing file, or settings that are not known here.
+        """
 
 
 def processor_settings(directory: Path) -> dict[str, Any]:
@@ -154,11 +148,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _modules() -> tuple[Any, ...]:
-    from pevlm_sglang.families import frame_counts as frame_geometry
-    from pevlm_sglang.families.llava_video import sizes as llava_geometry
-    from pevlm_sglang.families.qwen_vl import sizes as qwen_geometry
-
-    return (qwen_geometry, frame_geometry, llava_geometry)

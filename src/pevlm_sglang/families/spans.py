@@ -1,4 +1,4 @@
-"""One door to the model families: multimodal inputs → FrameSpans, or a clear refusal."""
+"""Where the frames of a request lie: multimodal items → FrameSpans, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -7,41 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pevlm_sglang.families import refused
+from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.layout import FrameSpans, Range
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 IMAGE_RUN_GAP = 32
 """Neighbouring images at most this many tokens apart belong to one run."""
 
-
-class FrameSpanError(ValueError):
-    """The frames of a request cannot be told apart; the request is refused with this message."""
+_LABELS = "pevlm_labels"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The expanded prompt of a request, for families whose processor writes text into a video.
-
-    Attributes:
-        ids: token ids; a placeholder's is its item's pad value, which no vocabulary holds.
-        tokenizer: of the model; None where the server has none.
-    """
-
-    ids: Sequence[int]
-    tokenizer: Any = None
-
-
-class Family(Protocol):
-    """What a module of ``pevlm_sglang.families`` offers."""
-
-    ARCHITECTURES: tuple[str, ...]
+class SpanRules(Protocol):
+    """What a family's module ``spans`` offers."""
 
     def frames_per_step(self, hf_config: Any) -> int:
-        """Sampled frames that the vision tower merges into one step."""
+        """Sampled frames that the vision tower merges into one step.
 
-    def video_spans(self, inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+        Raises:
+            UnsupportedError: a model of the architecture that is not served.
+        """
+
+    def video_spans(
+        self, inputs: Any, ids: Sequence[int], frames_per_step: int
+    ) -> list[FrameSpans]:
         """The videos of SGLang's ``MultimodalInputs``.
+
+        Args:
+            ids: of the expanded prompt; a placeholder's is its item's pad value, which no
+                vocabulary holds.
 
         Raises:
             FrameSpanError: the inputs do not say where the frames lie.
@@ -60,41 +52,21 @@ class SpanRule:
         frames_per_step: sampled frames that the vision tower merges into one step.
     """
 
-    family: Family
+    family: SpanRules
     frames_per_step: int
 
-    @classmethod
-    def of_model(cls, hf_config: Any) -> SpanRule:
-        """The rule of the model with this Hugging Face configuration.
-
-        Raises:
-            UnsupportedError: no family knows the architecture; says why where that is known.
-        """
-        families = _families()
-        architectures = tuple(hf_config.architectures or ())
-        for family in families:
-            if any(name in family.ARCHITECTURES for name in architectures):
-                return cls(family, family.frames_per_step(hf_config))
-        known = ", ".join(name for family in families for name in family.ARCHITECTURES)
-        reasons = (refused.REASONS.get(name) for name in architectures)
-        reason = next(filter(None, reasons), "it cannot tell where the frames of a video lie")
-        raise UnsupportedError(
-            f"model architecture {', '.join(architectures) or 'unknown'}: PEVLM does not serve it: "
-            f"{reason}; supported: {known}"
-        )
-
-    def spans(self, inputs: Any, prompt: Prompt, *, image_runs: bool) -> list[FrameSpans]:
+    def spans(self, inputs: Any, ids: Sequence[int], *, image_runs: bool) -> list[FrameSpans]:
         """The videos of a request, and its image runs where they are wanted, in prompt order.
 
         Args:
             inputs: SGLang's ``MultimodalInputs``, positions absolute in the prompt.
-            prompt: the tokens that they stand in.
+            ids: see :meth:`SpanRules.video_spans`.
             image_runs: whether neighbouring images count as a video.
 
         Raises:
             FrameSpanError: the inputs do not say where the frames lie.
         """
-        videos = self.family.video_spans(inputs, prompt, self.frames_per_step)
+        videos = self.family.video_spans(inputs, ids, self.frames_per_step)
         if image_runs:
             videos = videos + runs(sorted(self.family.image_ranges(inputs)), videos)
         return sorted(videos, key=lambda video: video.start)
@@ -138,6 +110,86 @@ def grid_rows(item: Any) -> list[list[int]]:
         ) from None
 
 
+def leave_labels(item: Any, videos: Sequence[tuple[int, int]]) -> None:
+    """Leave word with a VIDEO item of where its videos begin, in families that write a label
+    before each step (``Frame1: ``, ``<0.2 seconds>``).
+
+    Args:
+        item: SGLang's ``MultimodalDataItem``; what it does not know travels to the scheduler.
+        videos: a pair a video, in prompt order: its steps, and the tokens of its first label up to
+            the opening token. Relative numbers, since a session may shift the item.
+    """
+    setattr(item, _LABELS, [list(video) for video in videos])
+
+
+def labelled_videos(
+    item: Any, inputs: Any, ids: Sequence[int], *, closing: int
+) -> list[list[Range]]:
+    """The steps of each video of an item with an offset a step, a label and an opening token
+    (``inputs.im_start_id``) before each and a closing one (``im_end_id``) after.
+
+    A label belongs to the step that follows it, and what closes a step to that step, so the steps
+    of a video tile it.
+
+    Args:
+        ids: see :meth:`SpanRules.video_spans`.
+        closing: tokens after a step's placeholders that are its own, the closing one the first.
+
+    Raises:
+        FrameSpanError: an item that did not pass PEVLM's processor, or that the prompt contradicts.
+    """
+    steps = item_ranges(item)
+    labels = item.model_specific_data.get(_LABELS)
+    if not isinstance(labels, list | tuple) or not all(map(_is_pair, labels)):
+        raise FrameSpanError(
+            "video item: expected a video that this server sampled itself, got one that was "
+            "processed before (processor_output, precomputed_embedding); send a video, or "
+            "custom_params['pevlm']['enabled'] = false"
+        )
+    if sum(count for count, _ in labels) != len(steps):
+        raise FrameSpanError(
+            f"video item: expected one offset a step ({[count for count, _ in labels]} steps), "
+            f"got {len(steps)}"
+        )
+    for step in steps:
+        _check_wrapped(step, item, inputs, ids, closing)
+    videos, at = [], 0
+    for count, label_tokens in labels:
+        start = steps[at][0] - 1 - label_tokens
+        ends = [end + closing for _, end in steps[at : at + count]]
+        videos.append(list(zip([start, *ends[:-1]], ends, strict=True)))
+        at += count
+    return videos
+
+
+def _is_pair(label: Any) -> bool:
+    return (
+        isinstance(label, list | tuple)
+        and [type(part) for part in label] == [int, int]
+        and label[0] > 0
+        and label[1] >= 0
+    )
+
+
+def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], closing: int) -> None:
+    """The stream must hold what the offset says: the opening token, the item's pads, the closing
+    token, and as many after it as belong to the step."""
+    start, end = step
+    pads = getattr(item, "pad_values", None) or (item.pad_value,)
+    fits = 0 < start < end and end + closing - 1 < len(ids)
+    if (
+        not fits
+        or (ids[start - 1], ids[end]) != (inputs.im_start_id, inputs.im_end_id)
+        or not {ids[start], ids[end - 1]} <= set(pads)
+    ):
+        around = [ids[i] if 0 <= i < len(ids) else None for i in (start - 1, start, end - 1, end)]
+        raise FrameSpanError(
+            f"video step at [{start}, {end}): expected the opening token {inputs.im_start_id}, its "
+            f"own placeholders and the closing token {inputs.im_end_id} in the prompt of "
+            f"{len(ids)} tokens, got {around} there"
+        )
+
+
 def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
     """Group images in prompt order; a video between two images ends the run."""
     groups: list[list[Range]] = []
@@ -153,13 +205,3 @@ def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
     gap = right[0] - left[1]
     between = any(left[1] <= video.start < right[0] for video in videos)
     return gap <= IMAGE_RUN_GAP and not between
-
-
-def _families() -> tuple[Family, ...]:
-    from pevlm_sglang.families.internvl import spans as internvl
-    from pevlm_sglang.families.llava_video import spans as llava_video
-    from pevlm_sglang.families.longvila import spans as longvila
-    from pevlm_sglang.families.qwen_vl import spans as qwen_vl
-    from pevlm_sglang.families.qwen_vl import timestamps as qwen3_vl
-
-    return (qwen_vl, qwen3_vl, internvl, llava_video, longvila)

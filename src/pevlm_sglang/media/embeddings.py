@@ -12,8 +12,6 @@ holds none. SGLang's own cache goes on serving repeats of what fits.
 
 Which embedding is found depends on the batch alone, and not on when an object dies: ranks that
 share a tower must agree on whether to run it.
-
-``--pevlm-vision-fixes false`` gives SGLang's own behaviour back.
 """
 
 from __future__ import annotations
@@ -24,17 +22,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.seams import wrap
-from pevlm_sglang.settings.config import PevlmConfig
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 ONE_RUN = "one vision-tower run a video"
 
 _ATTRIBUTE = "pevlm_embeddings"
 
 
-class Kept:
+class Held:
     """The embeddings that one request has begun to use.
 
     Attributes:
@@ -45,7 +42,7 @@ class Kept:
         self.results = results
 
 
-class Keeper:
+class EmbeddingHolder:
     """Keeps embeddings with requests, and tells the observer how many bytes that is.
 
     Attributes:
@@ -54,14 +51,14 @@ class Keeper:
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
-        self._kept: weakref.WeakSet[Kept] = weakref.WeakSet()  # counts what is alive, keeps nothing
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()  # counts what is alive, keeps nothing
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all embeddings that requests hold; one that two of them share counts once."""
         storages = {}
-        for kept in self._kept:
-            for result in kept.results.values():
+        for held in self._held:
+            for result in held.results.values():
                 storage = result.embedding.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
@@ -70,8 +67,8 @@ class Keeper:
         """What the requests (``MultimodalInputs``) of a batch hold, for all of them to use."""
         results: dict[int, Any] = {}
         for request in requests:
-            if kept := vars(request).get(_ATTRIBUTE):
-                results |= kept.results
+            if held := vars(request).get(_ATTRIBUTE):
+                results |= held.results
         return results
 
     def keep(self, requests: Sequence[Any], ends: Sequence[int], found: dict[int, Any]) -> None:
@@ -92,8 +89,8 @@ class Keeper:
             }
             vars(request).pop(_ATTRIBUTE, None)
             if results:
-                vars(request)[_ATTRIBUTE] = kept = Kept(results)
-                self._kept.add(kept)
+                vars(request)[_ATTRIBUTE] = held = Held(results)
+                self._held.add(held)
         self.report()
 
     def release(self, request: Any) -> None:
@@ -101,12 +98,23 @@ class Keeper:
         if request is not None and vars(request).pop(_ATTRIBUTE, None) is not None:
             self.report()
 
+    def forget(self) -> None:
+        """Drop every embedding, also of SGLang's cache: the weights may be others now. A prefill
+        that is under way encodes its video once more."""
+        from sglang.srt.managers import mm_schedule
+
+        if mm_schedule.embedding_cache is not None:
+            mm_schedule.embedding_cache.clear()
+        for held in self._held:
+            held.results = {}
+        self.report()
+
     def report(self) -> None:
         """Tell the observer; what an object that died by itself held is gone from the count."""
         self.observer.embeddings_kept(self.num_bytes)
 
 
-class ForwardCache:
+class CacheView:
     """SGLang's embedding cache as one forward sees it: what the requests of the batch hold, and
     what this forward encoded, is found besides.
 
@@ -147,12 +155,11 @@ class ForwardCache:
         return cached
 
 
-def observe_runs(observer: Observer, *, copy: bool) -> None:
+def observe_runs(observer: Observer) -> None:
     """Count and time every run of the vision tower. Runs in the scheduler.
 
-    Args:
-        copy: whether to copy what a CUDA graph returns: SGLang's vision graphs hand out one buffer
-            for all videos of a size, so that the next run overwrites what is kept of this one.
+    What a CUDA graph returns is copied: SGLang's vision graphs hand out one buffer for all videos
+    of a size, so that the next run overwrites what is held of this one.
 
     Raises:
         UnsupportedError: this SGLang lacks the seam.
@@ -160,7 +167,7 @@ def observe_runs(observer: Observer, *, copy: bool) -> None:
     from sglang.srt.environ import envs
     from sglang.srt.managers import mm_utils
 
-    copy = copy and envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get()
+    copy = envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get()
 
     def wrapper(get_embedding_and_mask: Callable[..., Any]) -> Callable[..., Any]:
         def observed(*, data_embedding_func: Any, input_ids: Any, **kwargs: Any) -> Any:
@@ -180,24 +187,18 @@ def observe_runs(observer: Observer, *, copy: bool) -> None:
     wrap(mm_utils, "get_embedding_and_mask", wrapper, parameters=names)
 
 
-def install(keeper: Keeper, config: PevlmConfig) -> tuple[str, ...]:
-    """Count runs of the vision tower, and keep embeddings from chunk to chunk. Runs in the
+def install(holder: EmbeddingHolder) -> None:
+    """Count runs of the vision tower, and hold embeddings from chunk to chunk. Runs in the
     scheduler.
-
-    Returns:
-        What is corrected, in words, for the log and ``/server_info``.
 
     Raises:
         UnsupportedError: this SGLang lacks a seam that this needs.
     """
-    observe_runs(keeper.observer, copy=config.vision_fixes)
-    if not config.vision_fixes:
-        return ()
-    keep_embeddings(keeper)
-    return (ONE_RUN,)
+    observe_runs(holder.observer)
+    hold_embeddings(holder)
 
 
-def keep_embeddings(keeper: Keeper) -> None:
+def hold_embeddings(holder: EmbeddingHolder) -> None:
     """See the top of this file.
 
     Raises:
@@ -207,11 +208,11 @@ def keep_embeddings(keeper: Keeper) -> None:
     from sglang.srt.managers.schedule_batch import MultimodalInputs
 
     cache = mm_schedule.MultiModalStaticCache
-    needed = ("combine_hashes", "get", "get_single", "set", "free")
+    needed = ("combine_hashes", "get", "get_single", "set", "free", "clear")
     if missing := [name for name in needed if not hasattr(cache, name)]:
         raise UnsupportedError(
             f"this SGLang's embedding cache has no {', '.join(missing)}; install sglang>=0.5.21 "
-            "(developed on 0.5.23), or serve with --pevlm-vision-fixes false"
+            "(developed on 0.5.23)"
         )
 
     def keep(embed: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,7 +224,7 @@ def keep_embeddings(keeper: Keeper) -> None:
             **kwargs: Any,
         ) -> Any:
             upstream = mm_schedule.embedding_cache
-            view = ForwardCache(upstream, keeper.held(mm_inputs_list))
+            view = CacheView(upstream, holder.held(mm_inputs_list))
             mm_schedule.embedding_cache = view
             try:
                 embedded = embed(
@@ -235,14 +236,14 @@ def keep_embeddings(keeper: Keeper) -> None:
             finally:
                 mm_schedule.embedding_cache = upstream
             ends = [p + n for p, n in zip(extend_prefix_lens, extend_seq_lens, strict=True)]
-            keeper.keep(mm_inputs_list, ends, view.found)
+            holder.keep(mm_inputs_list, ends, view.found)
             return embedded
 
         return corrected
 
     def release(release_features: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(self: Any) -> None:
-            keeper.release(self)
+            holder.release(self)
             release_features(self)
 
         return corrected
@@ -262,7 +263,7 @@ def keep_embeddings(keeper: Keeper) -> None:
             *("extend_prefix_len", "extend_seq_len", "input_ids", "device"),
         ),
     )
-    wrap(MultimodalInputs, "release_features", release)
+    wrap(MultimodalInputs, "release_features", release, parameters=("self",))
 
 
 def item_by_item(encode: Callable[..., Any]) -> Callable[..., Any]:

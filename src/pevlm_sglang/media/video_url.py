@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import Any
 
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 

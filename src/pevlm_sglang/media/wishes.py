@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Wishes:
     """The wishes of one video; None = the server's setting.
 
     Attributes:
@@ -64,10 +64,10 @@ class Sampling:
                 )
 
 
-_NAMES = tuple(field.name for field in fields(Sampling))
+_NAMES = tuple(field.name for field in fields(Wishes))
 
 
-def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Sampling]]:
+def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
@@ -81,7 +81,7 @@ def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Sampling]]:
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
-def _split(video: Any) -> tuple[Any, Sampling]:
+def _split(video: Any) -> tuple[Any, Wishes]:
     source: Any
     wishes: Mapping[str, Any] | None
     if isinstance(video, Mapping) and "url" in video:  # not an input that is processed already
@@ -91,5 +91,5 @@ def _split(video: Any) -> tuple[Any, Sampling]:
     elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
         source = video.url
     else:
-        return video, Sampling()
-    return source, Sampling(**{name: wishes[name] for name in _NAMES if name in wishes})
+        return video, Wishes()
+    return source, Wishes(**{name: wishes[name] for name in _NAMES if name in wishes})

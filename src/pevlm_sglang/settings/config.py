@@ -66,11 +66,6 @@ class PevlmConfig:
         per_request=False,
         choices=PREFILL_KERNELS,
     )
-    vision_fixes: bool = _option(
-        True,
-        "correct what SGLang's vision path computes differently from the model's reference",
-        per_request=False,
-    )
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.settings.config import PevlmConfig
 
 
-class UnsupportedError(ValueError):
-    """A setting, model or backend that PEVLM cannot serve; the server is refused with this
-    message."""
-
-
-class _Refusal(NamedTuple):
+class Refusal(NamedTuple):
     """A server argument of SGLang that PEVLM does not work with, and why."""
 
     option: str
     unless: tuple[Any, ...]
     reason: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.option.replace("_", "-")
 
 
 _PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
@@ -28,29 +28,29 @@ _WORKERS = "plugins are not loaded in its worker processes, where videos are sam
 _MEMORY = "cache slots are not token-granular there"
 
 # Options that a release lacks are passed over: there is nothing to refuse.
-_REFUSALS = (
-    _Refusal("attn_cp_size", (1,), _PARALLEL),
-    _Refusal("dcp_size", (1,), _PARALLEL),
-    _Refusal("enable_prefill_cp", (False,), _PARALLEL),
-    _Refusal("enable_two_batch_overlap", (False,), "it splits a batch without its frames"),
-    _Refusal("enable_pdmux", (False,), "it keeps backends of its own, a stream each"),
-    _Refusal("dllm_algorithm", (None,), "a diffusion model does not prefill causally"),
-    _Refusal("enable_unified_memory", (False,), _MEMORY),
-    _Refusal("enable_page_major_kv_layout", (False,), _MEMORY),
-    _Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
-    _Refusal("speculative_adaptive", (False,), "it swaps in backends of its own at run time"),
-    _Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
-    _Refusal("encoder_only", (False,), _ENCODER),
-    _Refusal("language_only", (False,), _ENCODER),
-    _Refusal("disaggregation_mode", ("null",), "KV would cross servers with other settings"),
-    _Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
-    _Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
-    _Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
-    _Refusal("model_impl", ("auto", "sglang"), _MODELS),
-    _Refusal("tokenizer_worker_num", (1,), _WORKERS),
-    _Refusal("smg_grpc_mode", (False,), _LAUNCHER),
-    _Refusal("grpc_mode", (False,), _LAUNCHER),
-    _Refusal(
+REFUSALS = (
+    Refusal("attn_cp_size", (1,), _PARALLEL),
+    Refusal("dcp_size", (1,), _PARALLEL),
+    Refusal("enable_prefill_cp", (False,), _PARALLEL),
+    Refusal("enable_two_batch_overlap", (False,), "it splits a batch without its frames"),
+    Refusal("enable_pdmux", (False,), "it keeps backends of its own, a stream each"),
+    Refusal("dllm_algorithm", (None,), "a diffusion model does not prefill causally"),
+    Refusal("enable_unified_memory", (False,), _MEMORY),
+    Refusal("enable_page_major_kv_layout", (False,), _MEMORY),
+    Refusal("enable_hisparse", (False,), "it attends to a subset of its own"),
+    Refusal("speculative_adaptive", (False,), "it swaps in backends of its own at run time"),
+    Refusal("use_ray", (False,), "plugins are not loaded in Ray actors"),
+    Refusal("encoder_only", (False,), _ENCODER),
+    Refusal("language_only", (False,), _ENCODER),
+    Refusal("disaggregation_mode", ("null",), "KV would cross servers with other settings"),
+    Refusal("enable_flexkv", (False,), "its store knows no cache namespace"),
+    Refusal("radix_cache_backend", (None,), "a cache of its own may know no cache namespace"),
+    Refusal("enable_mis", (False,), "multi-item scoring has a mask of its own"),
+    Refusal("model_impl", ("auto", "sglang"), _MODELS),
+    Refusal("tokenizer_worker_num", (1,), _WORKERS),
+    Refusal("smg_grpc_mode", (False,), _LAUNCHER),
+    Refusal("grpc_mode", (False,), _LAUNCHER),
+    Refusal(
         "kv_cache_dtype",
         ("auto", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2"),
         "its keys and values are not read token by token",
@@ -73,14 +73,13 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
     Raises:
         UnsupportedError: names the option, what was expected, what came, and why.
     """
-    for option, allowed, reason in _REFUSALS:
-        value = getattr(resolved, option, allowed[0])
-        if value not in allowed:
-            flag = "--" + option.replace("_", "-")
-            expected = " or ".join(str(v) for v in allowed)
+    for refusal in REFUSALS:
+        value = getattr(resolved, refusal.option, refusal.unless[0])
+        if value not in refusal.unless:
+            expected = " or ".join(str(v) for v in refusal.unless)
             raise UnsupportedError(
-                f"{flag}: expected {expected}, got {value}; {reason}. "
-                f"Leave {flag} out, or serve without --attention-backend pevlm"
+                f"{refusal.flag}: expected {expected}, got {value}; {refusal.reason}. "
+                f"Leave {refusal.flag} out, or serve without --attention-backend pevlm"
             )
     if not getattr(resolved, "enable_deterministic_inference", False):
         return

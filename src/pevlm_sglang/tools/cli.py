@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pevlm_sglang.families import sizes as geometry
+from pevlm_sglang.families import registry
 from pevlm_sglang.settings.config import PevlmConfig, resolve
 from pevlm_sglang.tools.show import Model, Prompt, Request, as_json, as_text
 from pevlm_sglang.tune import command as tune
@@ -78,7 +78,7 @@ def _add_show(commands: Any) -> None:
     )
     parser.add_argument(
         "--model-family",
-        choices=tuple(geometry.published()),
+        choices=tuple(registry.published()),
         help="without MODEL_DIR: take the published checkpoints of this family (default: the one "
         f"that the preset's file name begins with, else {_DEFAULT_FAMILY})",
     )
@@ -111,18 +111,20 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     )
     video.add_argument(
         "--mm-process-config",
-        type=_video_knobs,
+        type=_video_settings,
         default={},
         metavar="JSON",
         help="what the server gets under this name, such as "
         """'{"video": {"fps": 1, "max_pixels": 401408}}'; of "video", these take effect: """
-        f"{', '.join(geometry.knob_names())}",
+        f"{', '.join(registry.setting_names())}",
     )
     for name, kind, text in (
         ("fps", float, "frames sampled from a second of video"),
         ("max_frames", int, "most frames sampled from a video"),
     ):
-        video.add_argument(_flag(name), type=kind, metavar="N", help=f"short for this knob: {text}")
+        video.add_argument(
+            _flag(name), type=kind, metavar="N", help=f"short for this setting: {text}"
+        )
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +173,7 @@ def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, Path | None
         source, preset = None, source
     if source is None:
         stem = preset.stem if preset is not None else ""
-        named = [name for name in geometry.published() if stem.startswith(name)]
+        named = [name for name in registry.published() if stem.startswith(name)]
         return Model.published(family or max(named, key=len, default=_DEFAULT_FAMILY)), preset
     if family is not None:
         raise ValueError(f"--model-family: {source}/config.json names the family; leave it out")
@@ -184,10 +186,10 @@ def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, Path | None
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    knobs = {**arguments.mm_process_config, **_given(arguments, ("fps", "max_frames"))}
+    settings = {**arguments.mm_process_config, **_given(arguments, ("fps", "max_frames"))}
     return Request(
         size=arguments.size,
-        knobs=knobs,
+        settings=settings,
         sampled=arguments.frames,
         duration=arguments.duration,
         video_fps=arguments.video_fps,
@@ -212,7 +214,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _video_knobs(text: str) -> dict[str, Any]:
+def _video_settings(text: str) -> dict[str, Any]:
     try:
         video = json.loads(text).get("video", {})
     except (ValueError, AttributeError):

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from pevlm_sglang.families import sizes as geometries
+from pevlm_sglang.families import registry
 from pevlm_sglang.families.sizes import Geometry, VideoTokens
 from pevlm_sglang.layout import FrameSpans, Layout, Range
 from pevlm_sglang.settings.config import PevlmConfig
@@ -38,16 +38,16 @@ class Model:
     @classmethod
     def published(cls, family: str) -> Model:
         """The published checkpoints of a family, from what is known about them."""
-        return cls(f"published {family}", geometries.published()[family])
+        return cls(f"published {family}", registry.published()[family])
 
     @classmethod
     def read(cls, directory: Path) -> Model:
         """A checkpoint's directory; its weights are not needed.
 
         Raises:
-            ValueError: see :func:`pevlm_sglang.families.sizes.of_checkpoint`.
+            ValueError: see :func:`pevlm_sglang.families.registry.of_checkpoint`.
         """
-        return cls(str(directory), geometries.of_checkpoint(directory))
+        return cls(str(directory), registry.of_checkpoint(directory))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Request:
 
     Attributes:
         size: width and height of the video, in pixels.
-        knobs: video settings of the server, by name.
+        settings: video settings of the server, by name.
         sampled: frames that the server samples; None where ``duration`` says how many.
         duration: of the video, in seconds; None where ``sampled`` is given.
         video_fps: frame rate of the file.
@@ -69,7 +69,7 @@ class Request:
     """
 
     size: tuple[int, int]
-    knobs: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     sampled: int | None = None
     duration: float | None = None
     video_fps: float = 30.0
@@ -87,22 +87,22 @@ class Request:
         if (self.sampled is None) == (self.duration is None):
             raise ValueError("expected either a number of sampled frames or a duration")
 
-    def video(self, geometry: Geometry, knobs: Any) -> VideoTokens:
+    def video(self, geometry: Geometry, settings: Any) -> VideoTokens:
         """What the video becomes.
 
         Args:
             geometry: of the model.
-            knobs: the geometry's form of ``knobs``.
+            settings: the geometry's form of ``settings``.
 
         Raises:
             ValueError: SGLang would not sample the number that is asked for, or refuses the video.
         """
         if self.sampled is not None:
-            total, fps = geometry.sample(self.sampled, knobs)
+            total, fps = geometry.sample(self.sampled, settings)
         else:
             assert self.duration is not None
             total, fps = round(self.duration * self.video_fps), self.video_fps
-        return geometry.video(total, fps, self.size, knobs)
+        return geometry.video(total, fps, self.size, settings)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Prompt:
     """The tokens of a request, and their layout.
 
     Attributes:
-        knobs: the request's, in the form of the model's geometry.
+        settings: the request's, in the form of the model's geometry.
         prompt_tokens: of the system prompt, and of any text before the video.
         length: tokens in the prompt.
     """
@@ -118,7 +118,7 @@ class Prompt:
     model: Model
     config: PevlmConfig
     request: Request
-    knobs: Any
+    settings: Any
     prompt_tokens: int
     video: VideoTokens
     spans: FrameSpans
@@ -130,11 +130,11 @@ class Prompt:
         """Predict the prompt that SGLang makes of a request.
 
         Raises:
-            ValueError: a bad knob, or SGLang would refuse the video.
+            ValueError: a bad setting, or SGLang would refuse the video.
         """
         geometry = model.geometry
-        knobs = geometry.knobs(request.knobs)
-        video = request.video(geometry, knobs)
+        settings = geometry.settings(request.settings)
+        video = request.video(geometry, settings)
         prompt_tokens = request.prompt_tokens
         if prompt_tokens is None:
             prompt_tokens = geometry.default_prompt_tokens
@@ -147,7 +147,7 @@ class Prompt:
             block_frames=config.block_frames,
         )
         length = spans.end + after + request.question_tokens
-        return cls(model, config, request, knobs, prompt_tokens, video, spans, layout, length)
+        return cls(model, config, request, settings, prompt_tokens, video, spans, layout, length)
 
     def assumptions(self) -> Iterator[str]:
         """What a real prompt may have otherwise."""
@@ -197,7 +197,7 @@ class Prompt:
             flags += [f"--pevlm-{name.replace('_', '-')}", str(getattr(self.config, name))]
         if not self.config.enabled:
             flags += ["--pevlm-enabled", "false"]
-        if video := self.knobs.given():
+        if video := self.settings.given():
             flags += ["--mm-process-config", json.dumps({"video": video})]
         return shlex.join(flags)
 
@@ -210,7 +210,7 @@ def as_json(prompt: Prompt) -> str:
         "model_type": geometry.model_type,
         "config": prompt.config.describe(),
         "geometry": asdict(cast(Any, geometry)),
-        "video_knobs": asdict(prompt.knobs),
+        "video_settings": asdict(prompt.settings),
         "assumed": {
             "size": request.size,
             "duration": request.duration,
@@ -288,8 +288,6 @@ def _notes(prompt: Prompt) -> Iterator[str]:
         yield "PEVLM is switched off (enabled: false)"
     elif prompt.layout.first_sparse is None:
         yield "full attention: the sink and one block hold all frames"
-    if not prompt.config.vision_fixes:
-        yield "vision_fixes is off: SGLang's own resize may give other token counts"
     each = prompt.spans.frames_per_step
     for name in ("sink_frames", "block_frames"):
         asked = getattr(prompt.config, name)

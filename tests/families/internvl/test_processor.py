@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pevlm_sglang.families import registry as processors
-from pevlm_sglang.families.frame_settings import FrameKnobs
+from pevlm_sglang.errors import FrameSpanError, UnsupportedError
+from pevlm_sglang.families import registry
+from pevlm_sglang.families.frame_counts import FrameSettings
+from pevlm_sglang.families.internvl import placeholders
 from pevlm_sglang.families.internvl import spans as family
-from pevlm_sglang.families.qwen_vl import tower as vision
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule, leave_labels
 from pevlm_sglang.layout import FrameSpans
-from pevlm_sglang.settings.refusals import UnsupportedError
 from support.families import internvl as reference
 from support.families.internvl import IMAGE, VIDEO
 from support.families.internvl_model import CONTEXT, make_tiny_model
@@ -59,17 +59,17 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     return write
 
 
-def scheduled(output: Any, *, corrected: bool = True) -> tuple[Any, Prompt]:
+def scheduled(output: Any, *, corrected: bool = True) -> tuple[Any, list[int]]:
     """A processor's output as the scheduler has it: pad values in place of placeholders."""
     from sglang.srt.managers.schedule_batch import MultimodalInputs
     from sglang.srt.models.internvl import InternVLChatModel
 
-    vision.fix_placeholders()
+    placeholders.install("InternVLChatModel")
     inputs = MultimodalInputs.from_processor_output(output)
     pad = InternVLChatModel.pad_input_ids
     if not corrected:
         pad = pad.pevlm_original
-    return inputs, Prompt(pad(None, array("q", output.input_ids), inputs))
+    return inputs, list(pad(None, array("q", output.input_ids), inputs))
 
 
 def spans(output: Any, *, corrected: bool = True) -> list[FrameSpans]:
@@ -182,21 +182,21 @@ def sampled(model: Path, clip: Clip) -> Any:
 
 
 def test_item_without_mark(sampled: Any) -> None:
-    del sampled.mm_items[0].model_specific_data["pevlm_videos"]
+    del sampled.mm_items[0].model_specific_data["pevlm_labels"]
     with pytest.raises(FrameSpanError, match="expected a video that this server sampled itself"):
         spans(sampled)
 
 
 def test_item_with_another_number_of_frames(sampled: Any) -> None:
-    family.mark(sampled.mm_items[0], [(2, 3), (2, 3)])
-    with pytest.raises(FrameSpanError, match=r"one offset a frame \(\[2, 2\] frames\), got 3"):
+    leave_labels(sampled.mm_items[0], [(2, 3), (2, 3)])
+    with pytest.raises(FrameSpanError, match=r"one offset a step \(\[2, 2\] steps\), got 3"):
         spans(sampled)
 
 
 def test_prompt_that_ends_in_the_video(sampled: Any) -> None:
     inputs, prompt = scheduled(sampled)
-    cut = Prompt(prompt.ids[: inputs.mm_items[0].offsets[-1][1] + 2])
-    with pytest.raises(FrameSpanError, match=r"expected <img>, its own placeholders, </img>"):
+    cut = prompt[: inputs.mm_items[0].offsets[-1][1] + 2]
+    with pytest.raises(FrameSpanError, match=r"expected the opening token .* its own placeholders"):
         RULE.spans(inputs, cut, image_runs=False)
 
 
@@ -205,7 +205,7 @@ def test_offsets_that_do_not_fit(sampled: Any, shift: int) -> None:
     inputs, prompt = scheduled(sampled)
     item = inputs.mm_items[0]
     item.offsets = [(start + shift, end + shift) for start, end in item.offsets]
-    with pytest.raises(FrameSpanError, match="got something else there"):
+    with pytest.raises(FrameSpanError, match=r"the closing token .* got \[.*\] there"):
         RULE.spans(inputs, prompt, image_runs=False)
 
 
@@ -229,7 +229,7 @@ def test_other_language_models_are_refused() -> None:
         config = SimpleNamespace(
             architectures=["InternVLChatModel"], llm_config=SimpleNamespace(architectures=[name])
         )
-        return SpanRule.of_model(config)
+        return registry.span_rule(config)
 
     assert rule("Qwen3ForCausalLM") == rule("Qwen3MoeForCausalLM") == SpanRule(family, 1)
     with pytest.raises(UnsupportedError, match="InternLM2ForCausalLM"):
@@ -242,7 +242,7 @@ def test_other_language_models_are_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fps": 2}, "video knob fps: expected one of num_frames, max_frames"),
+        ({"fps": 2}, "video setting fps: expected one of num_frames, max_frames"),
         ({"num_frames": 0}, "num_frames: expected a whole number of more than 0, got 0"),
         ({"num_frames": True}, "num_frames: expected a whole number"),
         ({"max_frames": 31}, r"num_frames: expected at most max_frames \(31\), got"),
@@ -250,14 +250,14 @@ def test_other_language_models_are_refused() -> None:
 )
 def test_bad_launch_setting(config: dict, message: str) -> None:
     with pytest.raises(UnsupportedError, match=f"--mm-process-config: {message}"):
-        processors.check_launch(CONFIG, config)
+        registry.check_launch(CONFIG, config)
 
 
 def test_launch_setting() -> None:
-    assert FrameKnobs.of({}, default=32) == FrameKnobs(32, None, 768)
+    assert FrameSettings.of({}, default=32) == FrameSettings(32, None, 768)
     values = {"num_frames": 64, "max_frames": 128}
-    assert FrameKnobs.of(values, default=32) == FrameKnobs(64, None, 128)
-    processors.check_launch(CONFIG, values)
+    assert FrameSettings.of(values, default=32) == FrameSettings(64, None, 128)
+    registry.check_launch(CONFIG, values)
 
 
 @pytest.mark.parametrize(

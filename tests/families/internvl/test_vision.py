@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pevlm_sglang.families.internvl.tiles import Published, tile_layout
+from pevlm_sglang.families.internvl.tiles import Preparation
+from pevlm_sglang.families.tile_layout import tile_layout
 from support.families import internvl as reference
 from support.families import internvl_upstream
-from support.families.internvl import IMAGE, VIDEO
-from support.families.internvl_model import CONTEXT, make_tiny_model
+from support.families.internvl import VIDEO
+from support.families.internvl_model import make_tiny_model
 from support.families.internvl_upstream import processor
 from support.video import write_video
 
@@ -59,7 +60,7 @@ def test_pixels_of_a_video(model: Path, clip: Clip, size: tuple[int, int]) -> No
 def test_pixels_of_an_image(size: tuple[int, int], most: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     picture = Image.fromarray(noise)
-    tiles = Published(448, torch.float32).tiles(picture, most, is_image=True)
+    tiles = Preparation(448, torch.float32).tiles(picture, most)
     assert torch.equal(tiles, reference.load(picture, most))
 
 
@@ -71,28 +72,12 @@ def test_tile_layout(width: int, height: int, most: int) -> None:
 @given(st.integers(1, 100_000), st.integers(1, 768))
 def test_indices(total: int, count: int) -> None:
     """The middles of equal segments, in order and in the video; a short one repeats frames."""
-    indices = Published(448, torch.float32).indices(total, count)
+    indices = Preparation(448, torch.float32).indices(total, count)
     assert indices == sorted(indices)
     assert len(indices) == count
     assert 0 <= indices[0] <= indices[-1] <= max(0, total - 1)
     middles = (np.arange(count) + 0.5) * (total - 1) / count
     assert np.abs(indices - middles).max() <= 1.5
-
-
-@pytest.mark.parametrize("text", [f"{VIDEO}What?", f"{IMAGE}and{VIDEO}{VIDEO}\n?", f"{CONTEXT}\n?"])
-def test_without_corrections_it_is_upstream(model: Path, clip: Clip, text: str) -> None:
-    videos = [clip(seed=i) for i in range(text.count(VIDEO))]
-    noise = np.random.default_rng(0).integers(0, 256, (500, 900, 3), np.uint8)
-    images = [Image.fromarray(noise)] * (text.count(IMAGE) + text.count(CONTEXT))
-    with processor(model, vision_fixes=False) as process:
-        ours = process(text, videos, images)
-    with processor(model, upstream=True) as process:
-        theirs = process(text, videos, images)
-    assert ours.input_ids == theirs.input_ids
-    assert len(ours.mm_items) == len(theirs.mm_items)
-    for our, their in zip(ours.mm_items, theirs.mm_items, strict=True):
-        assert (our.modality, our.offsets) == (their.modality, their.offsets)
-        assert torch.equal(our.feature, their.feature)
 
 
 def test_corrections_matter(model: Path, clip: Clip) -> None:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from pevlm_sglang.families.llava_video import spans as llava_video
-from pevlm_sglang.families.spans import Prompt
 from pevlm_sglang.layout import FrameSpans
 from support.families.llava_video import LlavaVideoOracle, frames_of, pixels_of
 from support.families.llava_video_tiny import PLACEHOLDER_ID, make_tiny_model
@@ -32,7 +31,7 @@ LAYOUTS = [
 
 
 def spans(*items: Any) -> list[FrameSpans]:
-    return llava_video.video_spans(SimpleNamespace(mm_items=items), Prompt(()), 1)
+    return llava_video.video_spans(SimpleNamespace(mm_items=items), (), 1)
 
 
 # --- The processor, against the reference --------------------------------------------------------
@@ -67,7 +66,7 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
     from sglang.srt.utils.hf_transformers_utils import get_processor
     from transformers import AutoConfig
 
-    from pevlm_sglang.families.llava_video.loading import load_processor
+    from pevlm_sglang.families.llava_video.checkpoint import load_processor
     from pevlm_sglang.families.llava_video.processor import LlavaVideoProcessor
 
     hf_processor = load_processor(get_processor, str(directory), model_name=str(directory))

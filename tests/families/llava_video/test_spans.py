@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pevlm_sglang.families import registry as processors
+from pevlm_sglang.errors import FrameSpanError, UnsupportedError
+from pevlm_sglang.families import registry
 from pevlm_sglang.families.llava_video import spans as llava_video
 from pevlm_sglang.families.llava_video.sizes import PUBLISHED, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video.spans import FRAMES
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import FrameSpans
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 RULE = SpanRule(llava_video, 1)
 LAYOUTS = [
@@ -28,15 +28,18 @@ LAYOUTS = [
 ]  # newline, pooling, tokens of a frame with 5 features a side, tokens after a video
 
 
-def spans(*items: Any, image_runs: bool = False, **beside: Any) -> list[FrameSpans]:
-    inputs = SimpleNamespace(mm_items=items, **beside)
-    return RULE.spans(inputs, Prompt(()), image_runs=image_runs)
+def spans(*items: Any) -> list[FrameSpans]:
+    return RULE.spans(SimpleNamespace(mm_items=items), (), image_runs=False)
 
 
 def item(modality: str, offsets: list | None, frames: int | None = None) -> Any:
     data = {} if frames is None else {FRAMES: frames}
     return SimpleNamespace(
-        modality=SimpleNamespace(name=modality), offsets=offsets, model_specific_data=data
+        modality=SimpleNamespace(name=modality),
+        is_video=lambda: modality == "VIDEO",
+        is_image=lambda: modality == "IMAGE",
+        offsets=offsets,
+        model_specific_data=data,
     )
 
 
@@ -86,17 +89,6 @@ def test_pictures_are_no_video() -> None:
     assert llava_video.image_ranges(SimpleNamespace(mm_items=items)) == [(0, 26), (60, 86)]
 
 
-def test_sglangs_own_model() -> None:
-    """Without the corrections it keeps the places of its items beside them."""
-    items = (*(item("VIDEO", None) for _ in range(3)), item("IMAGE", None))
-    beside = {"image_offsets": [3, 200, 397, 900], "image_pad_len": [196, 196, 196, 729]}
-    [found] = spans(*items, **beside)
-    assert found.steps == ((3, 199), (200, 396), (397, 593))
-    assert len(spans(*items, image_runs=True, **beside)) == 2
-    with pytest.raises(FrameSpanError, match=r"expected one an item \(3\), got 4"):
-        spans(*items[:3], **beside)
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -129,19 +121,19 @@ def config(**changes: Any) -> Any:
 def test_published_geometry() -> None:
     layout = TokenLayout.of(config(), patches=27)
     assert (layout.side, layout.tokens_per_frame, layout.tokens(64)) == (14, 210, 64 * 210)
-    assert SpanRule.of_model(config()) == RULE
+    assert registry.span_rule(config()) == RULE
     assert PUBLISHED["llava_video"].layout == layout
 
 
 def test_what_show_predicts() -> None:
     geometry = PUBLISHED["llava_video"]
-    video = geometry.video(9000, 30.0, (1280, 720), geometry.knobs({}))
+    video = geometry.video(9000, 30.0, (1280, 720), geometry.settings({}))
     assert (video.frames, video.steps, video.resized) == (64, (210,) * 64, (384, 384))
-    knobs = geometry.knobs({"fps": 1, "num_frames": 400})
-    assert geometry.video(9000, 30.0, (1280, 720), knobs).frames == 300
-    assert geometry.sample(64, geometry.knobs({})) == (64, 1.0)
+    settings = geometry.settings({"fps": 1, "num_frames": 400})
+    assert geometry.video(9000, 30.0, (1280, 720), settings).frames == 300
+    assert geometry.sample(64, geometry.settings({})) == (64, 1.0)
     with pytest.raises(ValueError, match="64 are sampled from any video here"):
-        geometry.sample(32, geometry.knobs({}))
+        geometry.sample(32, geometry.settings({}))
 
 
 @pytest.mark.parametrize(("newline", "mode", "tokens", "trailing"), LAYOUTS)
@@ -162,7 +154,7 @@ def test_tokens_of_a_frame(newline: str, mode: str, tokens: int, trailing: int) 
 )
 def test_another_layout_is_refused_at_start(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=f"{next(iter(changes))} of the model's config"):
-        SpanRule.of_model(config(**changes))
+        registry.span_rule(config(**changes))
 
 
 # --- Sampling ------------------------------------------------------------------------------------
@@ -184,7 +176,7 @@ def test_sampling_by_the_second() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"frames": 3}, "video knob frames: expected one of num_frames, fps, max_frames"),
+        ({"frames": 3}, "video setting frames: expected one of num_frames, fps, max_frames"),
         ({"num_frames": 0}, "num_frames: expected a whole number of more than 0, got 0"),
         ({"num_frames": 2.5}, "num_frames: expected a whole number"),
         ({"max_frames": True}, "max_frames: expected a whole number"),
@@ -193,9 +185,9 @@ def test_sampling_by_the_second() -> None:
         ({"fps": float("inf")}, "fps: expected a number"),
     ],
 )
-def test_bad_knobs(values: dict[str, Any], message: str) -> None:
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PUBLISHED["llava_video"].knobs(values)
+        PUBLISHED["llava_video"].settings(values)
     pytest.importorskip("sglang")
     with pytest.raises(UnsupportedError, match=f"^--mm-process-config: {message}"):
-        processors.check_launch(config(), values)
+        registry.check_launch(config(), values)

@@ -18,9 +18,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pevlm_sglang.families.frame_settings import FrameKnobs
+from pevlm_sglang.errors import FrameSpanError
+from pevlm_sglang.families import registry
+from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.longvila import spans as longvila
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from support.families.longvila import (
     IMAGE,
     NUM_FRAMES,
@@ -66,10 +68,10 @@ def processing(directory: Path, video: dict[str, Any]) -> Iterator[Callable[...,
     runtime = pytest.importorskip("sglang.srt.runtime_context")
     from sglang.srt.utils.hf_transformers_utils import get_config, get_processor
 
-    from pevlm_sglang import external
+    from pevlm_sglang.families.longvila import checkpoint
     from pevlm_sglang.families.longvila.processor import LongVilaProcessor
 
-    external.register_checkpoints()
+    checkpoint.register()
     with runtime.get_context().override_server_args(
         device="cpu", mm_process_config={"video": video}
     ) as server_args:
@@ -96,7 +98,7 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
 
 def spans(out: Any) -> list[tuple[tuple[int, int], ...]]:
     """The steps of each video, of the processor's output."""
-    found = RULE.spans(out, Prompt(out.input_ids), image_runs=False)
+    found = RULE.spans(out, out.input_ids, image_runs=False)
     return [video.steps for video in found]
 
 
@@ -182,7 +184,9 @@ def test_which_frames(
     assert frame_indices(total, video_fps, most=most, fps=fps).tolist() == expected
 
 
-def test_knobs_of_the_server_and_of_a_request(directory: Path, clip: Callable[..., Path]) -> None:
+def test_settings_of_the_server_and_of_a_request(
+    directory: Path, clip: Callable[..., Path]
+) -> None:
     with processing(directory, {"num_frames": 5, "max_frames": 9}) as run:
 
         def frames(**wishes: Any) -> int:
@@ -199,16 +203,16 @@ def test_knobs_of_the_server_and_of_a_request(directory: Path, clip: Callable[..
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nframes": 3}, "video knob nframes: expected one of num_frames, fps, max_frames"),
+        ({"nframes": 3}, "video setting nframes: expected one of num_frames, fps, max_frames"),
         ({"num_frames": 0}, "num_frames: expected a whole number of more than 0, got 0"),
         ({"num_frames": 2.0}, "num_frames: expected a whole number of more than 0, got 2.0"),
         ({"fps": True}, "fps: expected a number of more than 0, got True"),
         ({"max_frames": 10}, r"num_frames: expected at most max_frames \(10\), got 256"),
     ],
 )
-def test_bad_knobs_of_the_server(values: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_the_server(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FrameKnobs.of(values, default=256)
+        FrameSettings.of(values, default=256)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +298,7 @@ def test_any_media(media: Any, tokens: int, before: list[int], after: list[int])
         items.append(item("VIDEO" if is_video else "IMAGE", offsets, before, after))
         expected += [tuple(steps)] if is_video else []
     inputs = SimpleNamespace(mm_items=items)
-    found = RULE.spans(inputs, Prompt(prompt), image_runs=False)
+    found = RULE.spans(inputs, prompt, image_runs=False)
     assert [video.steps for video in found] == expected
     assert all(video.frames_per_step == 1 for video in found)
 
@@ -311,14 +315,14 @@ def test_any_media(media: Any, tokens: int, before: list[int], after: list[int])
 def test_items_that_do_not_fit(bad: Any, message: str) -> None:
     inputs = SimpleNamespace(mm_items=[bad])
     with pytest.raises(FrameSpanError, match=message):
-        longvila.video_spans(inputs, Prompt([9, 9, 9, 9, 198, 9]), 1)
+        longvila.video_spans(inputs, [9, 9, 9, 9, 198, 9], 1)
 
 
 def test_item_of_another_processor() -> None:
     bad = item("VIDEO", [(0, 3)])
     bad.model_specific_data = {}
     with pytest.raises(FrameSpanError, match="video item: expected text_before, got none"):
-        longvila.video_spans(SimpleNamespace(mm_items=[bad]), Prompt([9]), 1)
+        longvila.video_spans(SimpleNamespace(mm_items=[bad]), [9], 1)
 
 
 def test_golden(process: Callable[..., Any], oracle: LongVilaOracle, clip: Any) -> None:
@@ -347,9 +351,9 @@ def read(model: Path) -> Any:
     pytest.importorskip("sglang")
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    from pevlm_sglang import external
+    from pevlm_sglang.families.longvila import checkpoint
 
-    external.register_checkpoints()
+    checkpoint.register()
     get_config.cache_clear() if hasattr(get_config, "cache_clear") else None
     return get_config(str(model), trust_remote_code=False)
 
@@ -360,7 +364,7 @@ def test_configuration_comes_from_the_directories(directory: Path) -> None:
     assert config.text_config.hidden_size == 64
     assert (config.frame_size, config.tokens_per_frame, config.tower_layers) == (70, 9, 2)
     assert config.num_video_frames == NUM_FRAMES
-    assert SpanRule.of_model(config) == RULE
+    assert registry.span_rule(config) == RULE
 
 
 @pytest.mark.parametrize(

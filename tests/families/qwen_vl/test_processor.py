@@ -1,4 +1,4 @@
-"""The processor's videos are qwen-vl-utils': pixels, grids, tokens, positions, and knobs."""
+"""The processor's videos are qwen-vl-utils': pixels, grids, tokens, positions, and settings."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def reference(
     model: Model, name: str, videos: Sequence[tuple[Path, Mapping[str, Any]]], prompt: str
 ) -> Any:
-    clips = [reference_video(path, knobs, image_patch_size=PATCH[name]) for path, knobs in videos]
+    clips = [
+        reference_video(path, settings, image_patch_size=PATCH[name]) for path, settings in videos
+    ]
     return reference_inputs(model.processor, prompt, clips)
 
 
@@ -126,7 +128,7 @@ def assert_same(output: Any, expected: Any) -> None:
 # --- Sampling and resizing -------------------------------------------------------------------
 
 CLIPS = [
-    # frames, size, frames a second of the file, knobs
+    # frames, size, frames a second of the file, settings
     (2, (112, 84), 4.0, {}),
     (3, (84, 112), 4.0, {}),
     (5, (30, 28), 4.0, {}),
@@ -148,10 +150,10 @@ CLIPS = [
 def test_video_is_the_references(
     models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str, case: Any
 ) -> None:
-    frames, size, fps, knobs = case
-    video, knobs = clip(frames, size, fps), {**FEW, **knobs}
-    output = start(name, video=knobs)(PROMPT, [str(video)])
-    expected = reference(models[name], name, [(video, knobs)], PROMPT)
+    frames, size, fps, settings = case
+    video, settings = clip(frames, size, fps), {**FEW, **settings}
+    output = start(name, video=settings)(PROMPT, [str(video)])
+    expected = reference(models[name], name, [(video, settings)], PROMPT)
     assert_same(output, expected)
     if name == "qwen3_vl":
         return  # its steps are videos of their own to M-RoPE
@@ -160,7 +162,7 @@ def test_video_is_the_references(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_default_knobs(
+def test_default_settings(
     models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str
 ) -> None:
     """At least 128 tokens a frame, of 28 or 32 pixels."""
@@ -178,8 +180,8 @@ def test_environment_bounds_the_pixels(
     video = clip(40, (322, 182))
     monkeypatch.setenv("VIDEO_MAX_PIXELS", "1e5")
     output = start("qwen2_5_vl", video=FEW)(PROMPT, [str(video)])
-    knobs = {**FEW, "total_pixels": 100_000}
-    assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, knobs)], PROMPT))
+    settings = {**FEW, "total_pixels": 100_000}
+    assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, settings)], PROMPT))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -195,7 +197,7 @@ def test_upstream_differs(
         assert got.shape != expected.shape or (got - expected).abs().max() > 0.1
 
 
-# --- Knobs of a request ----------------------------------------------------------------------
+# --- Settings of a request ----------------------------------------------------------------------
 
 WISHES = [
     {"fps": 1},
@@ -228,33 +230,15 @@ def test_wish_of_a_request(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("wish", WISHES, ids=str)
-def test_wish_without_corrections(
-    start: Start, clip: Callable[..., Path], name: str, wish: dict[str, Any]
-) -> None:
-    """SGLang's own processor on a server that was started so."""
-    video = clip(60, (202, 114))
-    server = {**FEW, "do_normalize": False}  # a name for the video processor, not for sampling
-    ours = start(name, video=server, vision_fixes=False)
-    for knobs, asked in ((server, str(video)), ({**server, **wish}, {"url": str(video), **wish})):
-        output = ours(PROMPT, [asked])
-        expected = start(name, video=knobs, upstream=True)(PROMPT, [str(video)])
-        assert output.input_ids == expected.input_ids
-        assert grids(output) == grids(expected)
-        assert torch.equal(pixels(output), pixels(expected))
-        assert torch.equal(output.mrope_positions, expected.mrope_positions)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_two_videos_with_knobs_of_their_own(
+def test_two_videos_with_wishes_of_their_own(
     models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str
 ) -> None:
     first, second = clip(40, (202, 114)), clip(28, (84, 112), seed=1)
     prompt = PROMPT.replace(VIDEO, f"{VIDEO} and {VIDEO}")
     videos = [{"url": str(first), "fps": 1, "max_pixels": 9000}, {"url": str(second), "fps": 3}]
-    knobs = [(first, {**FEW, "fps": 1, "max_pixels": 9000}), (second, {**FEW, "fps": 3})]
+    settings = [(first, {**FEW, "fps": 1, "max_pixels": 9000}), (second, {**FEW, "fps": 3})]
     output = start(name, video=FEW)(prompt, videos)
-    expected = reference(models[name], name, knobs, prompt)
+    expected = reference(models[name], name, settings, prompt)
     assert_same(output, expected)
 
 
@@ -271,17 +255,17 @@ def test_server_that_fixes_the_number_of_frames(start: Start, clip: Callable[...
         assert grids(processor(PROMPT, [{"url": str(video), **wish}]))[0][0] == steps
 
 
-def test_other_knobs_are_another_video_to_the_cache(
+def test_other_wishes_are_another_video_to_the_cache(
     start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefix caching knows a video by its hash."""
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
 
-    from pevlm_sglang.families.qwen_vl import tower as vision
+    from pevlm_sglang.families.qwen_vl import video_hash
 
     upstream = MultimodalDataItem.set_pad_value
     monkeypatch.setattr(MultimodalDataItem, "set_pad_value", upstream)  # restored afterwards
-    vision.hash_frame_rates()
+    video_hash.install()
     processor = start("qwen2_5_vl", video=FEW)
 
     def hashed(**wish: Any) -> int:
@@ -294,7 +278,6 @@ def test_other_knobs_are_another_video_to_the_cache(
     assert hashed(fps=1) == hashed(fps=1, max_pixels=600_000)  # the same frames
 
 
-@pytest.mark.parametrize("fixes", [True, False])
 @pytest.mark.parametrize(
     ("server", "wish", "message"),
     [
@@ -313,13 +296,12 @@ def test_other_knobs_are_another_video_to_the_cache(
 def test_bad_wish(
     start: Start,
     clip: Callable[..., Path],
-    fixes: bool,
     server: dict[str, Any],
     wish: dict[str, Any],
     message: str,
 ) -> None:
     video = str(clip(12, (112, 84)))
-    processor = start("qwen2_5_vl", video={**FEW, **server}, vision_fixes=fixes)
+    processor = start("qwen2_5_vl", video={**FEW, **server})
     with pytest.raises(ValueError, match=message):
         processor(PROMPT, [{"url": video, **wish}])
     assert processor(PROMPT, [video]).input_ids  # the next request is served
@@ -350,7 +332,7 @@ def test_frames_instead_of_a_file(start: Start) -> None:
     [
         ({"fps": 0}, "--mm-process-config: fps: expected more than 0, got 0"),
         ({"fps": "2"}, "fps: expected a number"),
-        ({"max_frame": 8}, "video knob max_frame: expected one of fps, nframes"),
+        ({"max_frame": 8}, "video setting max_frame: expected one of fps, nframes"),
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
         ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
         ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
@@ -359,8 +341,8 @@ def test_frames_instead_of_a_file(start: Start) -> None:
 def test_bad_settings_of_the_server(
     models: dict[str, Model], name: str, video: dict[str, Any], message: str
 ) -> None:
+    from pevlm_sglang.errors import UnsupportedError
     from pevlm_sglang.families.registry import check_launch
-    from pevlm_sglang.settings.refusals import UnsupportedError
 
     with pytest.raises(UnsupportedError, match=message):
         check_launch(models[name].config, video)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from families.qwen_vl.test_processor import FEW, MODELS, Model, Start, clip, models, start
-from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED, QwenGeometry, VideoKnobs
+from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED, QwenGeometry, VideoSettings
 from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.tools.cli import main
 from pevlm_sglang.tools.show import Model as ShownModel
@@ -37,7 +37,7 @@ SIZES = [
     (1, 199),
     (448, 224),
 ]
-KNOBS = [
+SETTINGS = [
     {},
     {"fps": 1, "max_frames": 100},
     {"fps": 0.3, "min_frames": 7},
@@ -96,9 +96,9 @@ def outcome(function: Any, *arguments: Any) -> Any:
         return "refused"
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_sampled_frames_are_the_references(
-    upstream: Any, reference: Any, knobs: dict[str, Any]
+    upstream: Any, reference: Any, settings: dict[str, Any]
 ) -> None:
     rng = random.Random(0)
     cases = [(total, fps) for total in range(1, 12) for fps in (1.0, 2.0, 30.0)]
@@ -106,44 +106,48 @@ def test_sampled_frames_are_the_references(
     geometry = PUBLISHED["qwen2_5_vl"]
     refusals = 0
     for total, fps in cases:
-        ours = outcome(geometry.sampled_frames, total, fps, VideoKnobs.of(knobs))
-        assert ours == outcome(reference.smart_nframes, knobs, total, fps), (total, fps)
-        assert ours == outcome(upstream.smart_nframes, knobs, total, fps), (total, fps)
+        ours = outcome(geometry.sampled_frames, total, fps, VideoSettings.of(settings))
+        assert ours == outcome(reference.smart_nframes, settings, total, fps), (total, fps)
+        assert ours == outcome(upstream.smart_nframes, settings, total, fps), (total, fps)
         refusals += ours == "refused"
     assert 0 < refusals < len(cases)
 
 
-def our_size(geometry: QwenGeometry, frames: int, size: tuple[int, int], knobs: Any) -> Any:
-    return geometry.resized(frames, size, geometry.knobs(knobs))
+def our_size(geometry: QwenGeometry, frames: int, size: tuple[int, int], settings: Any) -> Any:
+    return geometry.resized(frames, size, geometry.settings(settings))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize(
-    "knobs", [*KNOBS, {"resized_height": 300, "resized_width": 77}, {"max_pixels": 900}], ids=str
+    "settings",
+    [*SETTINGS, {"resized_height": 300, "resized_width": 77}, {"max_pixels": 900}],
+    ids=str,
 )
-def test_size_is_the_references(reference: Any, name: str, knobs: dict[str, Any]) -> None:
+def test_size_is_the_references(reference: Any, name: str, settings: dict[str, Any]) -> None:
     geometry = PUBLISHED[name]
-    if knobs.get("max_pixels", 0) > 768 * geometry.factor**2:
+    if settings.get("max_pixels", 0) > 768 * geometry.factor**2:
         pytest.skip("beyond the reference's own bound, see below")
 
     def theirs(frames: int, size: tuple[int, int]) -> Any:
-        video = {"video": f"{frames}:{size[0]}x{size[1]}", **knobs}
+        video = {"video": f"{frames}:{size[0]}x{size[1]}", **settings}
         shape = reference.fetch_video(video, image_patch_size=geometry.patch_size).shape
         return shape[-1], shape[-2]
 
     sizes = [*SIZES, (1, 201), (20_001, 101)]
     for size, frames in itertools.product(sizes, [2, 4, 64, 300, 768]):
-        ours = outcome(our_size, geometry, frames, size, knobs)
+        ours = outcome(our_size, geometry, frames, size, settings)
         assert ours == outcome(theirs, frames, size), (size, frames)
 
 
-@pytest.mark.parametrize("knobs", [knobs for knobs in KNOBS if "max_pixels" in knobs], ids=str)
+@pytest.mark.parametrize(
+    "settings", [settings for settings in SETTINGS if "max_pixels" in settings], ids=str
+)
 def test_size_is_sglangs_beyond_the_reference(
-    upstream: Any, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+    upstream: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """``max_pixels`` above 768 tokens takes effect, as it does in SGLang."""
     geometry = PUBLISHED["qwen2_5_vl"]
-    knobs = {"min_pixels": 3136, **knobs}
+    settings = {"min_pixels": 3136, **settings}
 
     class Decoder(upstream.VideoDecoderWrapper):
         avg_fps = 2.0
@@ -165,12 +169,12 @@ def test_size_is_sglangs_beyond_the_reference(
 
     def theirs(frames: int, size: tuple[int, int]) -> Any:
         video = asyncio.run(
-            upstream.preprocess_video(Decoder(frames, size), video_config=knobs | {"fps": 2})
+            upstream.preprocess_video(Decoder(frames, size), video_config=settings | {"fps": 2})
         )[0]
         return video.shape[-1], video.shape[-2]
 
     for size, frames in itertools.product(SIZES, [4, 64, 768]):
-        ours = outcome(our_size, geometry, frames, size, knobs)
+        ours = outcome(our_size, geometry, frames, size, settings)
         assert ours == outcome(theirs, frames, size), (size, frames)
 
 
@@ -227,17 +231,17 @@ def test_prompt_is_that_of_the_processor(
     """The whole chain: chat template, sampling, resize, and the text that the processor writes."""
     if name != "qwen3_vl" and not system:
         pytest.skip("the chat template writes a system prompt of its own")
-    size, frames, fps, knobs = case
+    size, frames, fps, settings = case
     question = "What happens in the video?"
     text = f"{PROMPTS[system]}<|im_start|>user\n{PADS}{question}<|im_end|>\n<|im_start|>assistant\n"
-    output = start(name, video=knobs)(text, [str(clip(frames, size, fps))])
+    output = start(name, video=settings)(text, [str(clip(frames, size, fps))])
     tokens = qwen_tokens(models[name].processor.tokenizer.decode(output.input_ids))
     prompt = Prompt.build(
         ShownModel.published(name),
         PevlmConfig(),
         Request(
             size=size,
-            knobs=knobs,
+            settings=settings,
             duration=frames / fps,
             video_fps=fps,
             prompt_tokens=len(qwen_tokens(SYSTEM)) if system else 0,
@@ -261,10 +265,10 @@ def test_timestamps_of_long_videos() -> None:
     """Python's rounding stands for the server's, which is in fp32."""
     rng = random.Random(1)
     geometry = PUBLISHED["qwen3_vl"]
-    knobs = geometry.knobs(FEW)
+    settings = geometry.settings(FEW)
     for _ in range(300):
         total, fps = rng.randint(4, 9000), rng.choice([1.0, 23.976, 25.0, 29.97, 30.0, 60.0])
-        video = geometry.video(total, fps, (112, 96), knobs)
+        video = geometry.video(total, fps, (112, 96), settings)
         indices = torch.linspace(0, total - 1, video.frames).round().long().tolist()
         texts = [
             f"<{(first + last) / fps / 2:.1f} seconds>"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pevlm_sglang.families.qwen_vl import spans as qwen_vl
-from pevlm_sglang.families.spans import Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from support.exchange import IMAGE, SYSTEM, VIDEO, user
 from support.golden import describe
 from support.tiny import ARCHITECTURES, make_tiny_model
@@ -54,9 +54,7 @@ def found_spans(processor: Any, inputs: Any) -> list[list[tuple[int, int]]]:
         offsets=offsets,
         model_specific_data={"video_grid_thw": inputs["video_grid_thw"]},
     )
-    found = SpanRule(qwen_vl, 2).spans(
-        SimpleNamespace(mm_items=[item]), Prompt(ids), image_runs=False
-    )
+    found = SpanRule(qwen_vl, 2).spans(SimpleNamespace(mm_items=[item]), ids, image_runs=False)
     assert all(video.frames_per_step == 2 for video in found)
     return [list(video.steps) for video in found]
 

@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.families.qwen_vl import timestamps as qwen3_vl
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, SpanRule
+from pevlm_sglang.families.spans import SpanRule
 from support.exchange import IMAGE, SYSTEM, VIDEO, user
 from support.families.qwen3_vl import find_steps, make_tiny_model
 from support.golden import describe
 
 RULE = SpanRule(qwen3_vl, 2)
+PADS = tuple(range(1_000_003, 1_000_007))
 BARE = "<|video_pad|>"  # a video without the wrapper that the chat template writes
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen3_vl.txt"
 
@@ -81,15 +83,20 @@ class Stream:
             im_end_id=self.processor.vision_end_token_id,
         )
 
+    def labelled(self, **kwargs: bool) -> SimpleNamespace:
+        """The same, as the launcher sends it."""
+        inputs = self.inputs(**kwargs)
+        qwen3_vl.label_items(inputs.mm_items, self.ids, self.processor.tokenizer)
+        return inputs
+
     @property
-    def prompt(self) -> Prompt:
+    def prompt(self) -> list[int]:
         """With pad values, which depend on the item, in place of the placeholders."""
         pads = (self.processor.video_token_id, self.processor.image_token_id)
-        ids = [1_000_003 + i % 4 if i in pads else i for i in self.ids]
-        return Prompt(ids, self.processor.tokenizer)
+        return [PADS[i % 4] if i in pads else i for i in self.ids]
 
     def spans(self, **kwargs: bool) -> list[list[tuple[int, int]]]:
-        found = RULE.spans(self.inputs(**kwargs), self.prompt, image_runs=False)
+        found = RULE.spans(self.labelled(**kwargs), self.prompt, image_runs=False)
         assert all(span.frames_per_step == 2 for span in found)
         return [list(span.steps) for span in found]
 
@@ -104,8 +111,19 @@ def _runs(ids: Sequence[int], token: int) -> list[tuple[int, int]]:
     return [(group[0], group[-1]) for group in groups]
 
 
-def _item(modality: str, offsets: list | None, grid: list | None = None) -> SimpleNamespace:
-    return SimpleNamespace(
+class Item(SimpleNamespace):
+    """What is new to an item goes to its ``model_specific_data``, as in SGLang."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            super().__setattr__(name, value)
+        else:
+            self.model_specific_data[name] = value
+
+
+def _item(modality: str, offsets: list | None, grid: list | None = None) -> Item:
+    return Item(
+        pad_values=PADS,
         modality=SimpleNamespace(name=modality),
         is_video=lambda: modality == "VIDEO",
         is_image=lambda: modality == "IMAGE",
@@ -203,7 +221,7 @@ def test_the_template_s_own_wrapper_is_outside(processor: Any) -> None:
 def test_images_beside_a_video(processor: Any, parts: tuple[str, ...]) -> None:
     found = stream(processor, "".join(parts), video(6, 4, 4), images=parts.count(IMAGE))
     check(found)
-    runs = RULE.spans(found.inputs(), found.prompt, image_runs=True)
+    runs = RULE.spans(found.labelled(), found.prompt, image_runs=True)
     assert sum(span.image_run for span in runs) == parts.count(IMAGE)
 
 
@@ -239,9 +257,18 @@ def test_golden(processor: Any) -> None:
 # --- Refusals ------------------------------------------------------------------------------------
 
 
-def refusal(found: Stream, inputs: Any = None, prompt: Prompt | None = None) -> str:
+def refused_label(found: Stream, inputs: Any = None, ids: list[int] | None = None) -> str:
+    """In the launcher, HTTP 400."""
+    inputs = inputs or found.inputs()
+    with pytest.raises(ValueError, match="expected") as error:
+        qwen3_vl.label_items(inputs.mm_items, ids or found.ids, found.processor.tokenizer)
+    return str(error.value)
+
+
+def refused_span(found: Stream, ids: list[int] | None = None) -> str:
+    """In the scheduler, HTTP 400."""
     with pytest.raises(FrameSpanError) as error:
-        RULE.spans(inputs or found.inputs(), prompt or found.prompt, image_runs=False)
+        RULE.spans(found.labelled(), found.prompt if ids is None else ids, image_runs=False)
     return str(error.value)
 
 
@@ -255,9 +282,9 @@ def three_steps(processor: Any) -> Stream:
     [
         (None, [[1, 4, 4]], "video item: expected offsets, got none"),
         ([(5, 8)], None, "expected video_grid_thw, got none"),
-        ([(5, 8)], [[2, 4, 4]], r"videos of \[2\] steps in video_grid_thw, got 1"),
-        ([(5, 8), (20, 23)], [[1, 4, 4]], r"videos of \[1\] steps in video_grid_thw, got 2"),
-        ([(5, 8)], [[1, 4, 4], [0, 4, 4]], r"videos of \[1, 0\] steps in video_grid_thw, got 1"),
+        ([(5, 8)], [[2, 4, 4]], "videos of [2] steps in video_grid_thw, got 1"),
+        ([(5, 8), (20, 23)], [[1, 4, 4]], "videos of [1] steps in video_grid_thw, got 2"),
+        ([(5, 8)], [[1, 4, 4], [0, 4, 4]], "videos of [1, 0] steps in video_grid_thw, got 1"),
     ],
 )
 def test_items_that_do_not_fit(
@@ -265,45 +292,48 @@ def test_items_that_do_not_fit(
 ) -> None:
     inputs = three_steps.inputs()
     inputs.mm_items = [_item("VIDEO", offsets, grid)]
-    with pytest.raises(FrameSpanError, match=message):
-        RULE.spans(inputs, three_steps.prompt, image_runs=False)
-
-
-def test_no_tokenizer(three_steps: Stream) -> None:
-    message = refusal(three_steps, prompt=Prompt(three_steps.prompt.ids))
-    assert "expected one" in message
-    assert "--skip-tokenizer-init" in message
+    assert message in refused_label(three_steps, inputs)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
-@pytest.mark.parametrize("which", ["start", "end"])
-def test_no_wrapper(three_steps: Stream, step: int, which: str) -> None:
+@pytest.mark.parametrize("beside", [-1, 1])
+def test_no_wrapper(three_steps: Stream, step: int, beside: int) -> None:
     start, end = three_steps.inputs().mm_items[0].offsets[step]
-    ids = list(three_steps.prompt.ids)
-    ids[start - 1 if which == "start" else end + 1] = 20
-    message = refusal(three_steps, prompt=Prompt(ids, three_steps.prompt.tokenizer))
-    assert f"expected <|vision_{which}|>" in message
-    assert message.endswith("got 20")
+    ids = list(three_steps.prompt)
+    ids[start - 1 if beside < 0 else end + 1] = 20
+    assert f"video step at [{start}, {end + 1}): expected the opening token" in refused_span(
+        three_steps, ids
+    )
 
 
 def test_prompt_cut_short(three_steps: Stream) -> None:
     end = three_steps.spans()[0][-1][1]
-    prompt = Prompt(three_steps.prompt.ids[: end - 1], three_steps.prompt.tokenizer)
-    assert refusal(three_steps, prompt=prompt).endswith(f"at position {end - 1}, got None")
+    assert f"in the prompt of {end - 1} tokens" in refused_span(
+        three_steps, three_steps.prompt[: end - 1]
+    )
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_offsets_that_a_session_shifted_wrongly(three_steps: Stream, shift: int) -> None:
+    inputs = three_steps.labelled()
+    [item] = inputs.mm_items
+    item.offsets = [(start + shift, end + shift) for start, end in item.offsets]
+    with pytest.raises(FrameSpanError, match="its own placeholders"):
+        RULE.spans(inputs, three_steps.prompt, image_runs=False)
+
+
+def test_item_that_did_not_pass_the_processor(three_steps: Stream) -> None:
+    with pytest.raises(FrameSpanError, match="expected a video that this server sampled itself"):
+        RULE.spans(three_steps.inputs(), three_steps.prompt, image_runs=False)
 
 
 @pytest.mark.parametrize(("step", "distance"), [(0, 3), (1, 0), (1, 3), (2, 0)])
-@pytest.mark.parametrize("token", [20, 1_000_003])
-def test_something_else_before_a_step(
-    three_steps: Stream, step: int, distance: int, token: int
-) -> None:
-    """Text between a step's end and the next timestamp: what would it belong to? A placeholder in
-    the middle of a timestamp: a tokenizer leaves out what it does not know."""
+def test_something_else_before_a_step(three_steps: Stream, step: int, distance: int) -> None:
+    """Text between a step's end and the next timestamp: what would it belong to?"""
     at = three_steps.spans()[0][step][0] + distance
-    ids = list(three_steps.prompt.ids)
-    ids.insert(at, token)
+    ids = list(three_steps.ids)
+    ids.insert(at, 20)
     inputs = three_steps.inputs()
     [item] = inputs.mm_items
     item.offsets = [(start + (start >= at), end + (start >= at)) for start, end in item.offsets]
-    message = refusal(three_steps, inputs, Prompt(ids, three_steps.prompt.tokenizer))
-    assert "expected a timestamp" in message
+    assert "expected a timestamp" in refused_label(three_steps, inputs, ids)

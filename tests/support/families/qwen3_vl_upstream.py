@@ -62,14 +62,11 @@ def _sglang() -> Iterator[Any]:
     from sglang.srt import distributed
     from sglang.srt.runtime_context import get_context, get_parallel
 
-    from pevlm_sglang.settings.config import PevlmConfig
-
     with (
         tempfile.NamedTemporaryFile() as store,
         get_context().override_server_args(mm_process_config={"video": VIDEO_CONFIG}) as args,
         get_parallel().override(tp_rank=0, attn_tp_rank=0, pp_rank=0),
     ):
-        args._pevlm_config = PevlmConfig()
         distributed.init_distributed_environment(
             world_size=1,
             rank=0,
@@ -85,9 +82,9 @@ def _processor(model: str, config: Any, server_args: Any) -> Any:
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
     from sglang.srt.utils.hf_transformers_utils import get_processor
 
-    from pevlm_sglang.families import registry as processors
+    from pevlm_sglang.families import registry
 
-    kind: Any = processors.for_architectures(QwenVLImageProcessor, config.architectures)
+    kind: Any = registry.processor_class(QwenVLImageProcessor, config)
     return kind(config, server_args, get_processor(model), None, skip_mm_pool=True)
 
 

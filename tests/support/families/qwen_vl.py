@@ -25,7 +25,7 @@ class QwenVLOracle(Oracle):
     upstream_vision: whether to reproduce the places where SGLang's vision path differs
         from the reference: truncated frame numbers, 24 frames a second, and one attention
         segment for a whole video. (Clips whose sides are multiples of 28 pixels are not resized.)
-    knobs: video settings of the server.
+    settings: video settings of the server.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class QwenVLOracle(Oracle):
         model: Path,
         *,
         upstream_vision: bool = False,
-        knobs: Mapping[str, Any] = FEW_PIXELS,
+        settings: Mapping[str, Any] = FEW_PIXELS,
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -42,7 +42,7 @@ class QwenVLOracle(Oracle):
             model, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
         self.upstream_vision = upstream_vision
-        self.knobs = knobs
+        self.settings = settings
         self.frames_per_step = self.model.config.vision_config.temporal_patch_size
 
     def inputs(
@@ -56,7 +56,7 @@ class QwenVLOracle(Oracle):
             clips = [
                 reference_video(
                     _path(video),
-                    {**self.knobs, **getattr(video, "wishes", {})},
+                    {**self.settings, **getattr(video, "wishes", {})},
                     image_patch_size=patch,
                 )
                 for video in videos
@@ -184,12 +184,14 @@ def reference_inputs(
     return processor(text=[prompt], return_tensors="pt", **settings)
 
 
-def reference_video(video: Path, knobs: Mapping[str, Any], *, image_patch_size: int = 14) -> Clip:
+def reference_video(
+    video: Path, settings: Mapping[str, Any], *, image_patch_size: int = 14
+) -> Clip:
     """A video as qwen-vl-utils gives it, its own reader and resize included."""
     from qwen_vl_utils import fetch_video
 
     frames, metadata = fetch_video(
-        {"video": str(video), **knobs},
+        {"video": str(video), **settings},
         image_patch_size=image_patch_size,
         return_video_metadata=True,
     )

@@ -56,13 +56,12 @@ def main(model: str, pixels: str, out: str) -> None:
 def _features(model: Path, pixels: torch.Tensor, grid: torch.Tensor) -> dict[str, torch.Tensor]:
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    from pevlm_sglang.families.qwen_vl import tower as vision
-    from pevlm_sglang.settings.config import PevlmConfig
+    from pevlm_sglang.families.qwen_vl import tower as correction
 
     config = get_config(str(model), trust_remote_code=False)
     tower = _tower(model, config)
     features = {"upstream": tower(pixels, grid)}
-    vision.install(config.model_type, PevlmConfig())
+    correction.install(config.architectures[0])
     return features | {"corrected": tower(pixels, grid)}
 
 

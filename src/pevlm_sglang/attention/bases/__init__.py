@@ -11,8 +11,8 @@ import torch
 
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.kernel_choice import choose
+from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
-from pevlm_sglang.settings.refusals import UnsupportedError
 
 
 def put_on(

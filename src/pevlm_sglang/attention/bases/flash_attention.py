@@ -18,7 +18,7 @@ import torch
 from pevlm_kernels.flash_paged import token_table
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.plan import VirtualSequence
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 
 class PevlmFlashAttention(PevlmBackend):

@@ -17,7 +17,7 @@ import torch
 from pevlm_kernels.flashinfer import host_lists
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.plan import VirtualSequence
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 
 class PevlmFlashInfer(PevlmBackend):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from pevlm_sglang.attention.backend import PevlmBackend
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 
 class PevlmTorchNative(PevlmBackend):

@@ -8,7 +8,7 @@ Source: sglang/srt/layers/attention/trtllm_mha_backend.py (``forward_extend``, `
 from __future__ import annotations
 
 from pevlm_sglang.attention.backend import PevlmBackend
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
 
 
 class PevlmTrtllmMha(PevlmBackend):

@@ -1,7 +1,7 @@
 """InternVL3.5's processor: the frames that the model was trained on, as many as asked for.
 
 SGLang samples 32 frames of every video and mixes up placeholders where a video precedes an image;
-see :mod:`pevlm_sglang.families.internvl.tiles` for how else it differs from the reference.
+see ``tiles.py`` for how else it differs from the reference.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor
-from sglang.srt.utils import get_device
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from pevlm_sglang.families.frame_settings import FrameKnobs
-from pevlm_sglang.families.internvl import spans as internvl
-from pevlm_sglang.families.internvl.tiles import Preparation, Published, Upstream, tile_layout
+from pevlm_sglang.families.internvl.sizes import settings_of
+from pevlm_sglang.families.internvl.tiles import Preparation
+from pevlm_sglang.families.spans import leave_labels
+from pevlm_sglang.families.tile_layout import tile_layout
 from pevlm_sglang.media.tower_dtype import tower_dtype
 from pevlm_sglang.media.video_file import decoding
-from pevlm_sglang.media.wishes import Sampling, split
-from pevlm_sglang.settings.config import PevlmConfig
+from pevlm_sglang.media.wishes import Wishes, split
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +60,9 @@ class PevlmInternVLProcessor(InternVLProcessor):
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
-        self._knobs = _knobs(self.video_config)
+        self._settings = settings_of(self.video_config)
         self._size = int(hf_config.force_image_size or hf_config.vision_config.image_size)
-        config: PevlmConfig = server_args._pevlm_config
-        self._published = config.vision_fixes
-        self._preparation: Preparation = (
-            Published(self._size, tower_dtype(hf_config))
-            if self._published
-            else Upstream(self.dynamic_preprocess, get_device())
-        )
+        self._preparation = Preparation(self._size, tower_dtype(hf_config))
 
     @staticmethod
     def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -78,7 +71,7 @@ class PevlmInternVLProcessor(InternVLProcessor):
         Raises:
             ValueError: an unknown name, or a bad value.
         """
-        _knobs(video_config)
+        settings_of(video_config)
 
     async def process_qwen_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
@@ -90,7 +83,7 @@ class PevlmInternVLProcessor(InternVLProcessor):
         """
         videos, wishes = split(getattr(request_obj, "video_data", None))
         for wish in wishes:
-            wish.check({"max_frames": self._knobs.max_frames})
+            wish.check({"max_frames": self._settings.max_frames})
         media = await self.load_mm_data(
             prompt=self._with_placeholders(input_text or "", image_data or (), videos),
             image_data=image_data,
@@ -126,21 +119,19 @@ class PevlmInternVLProcessor(InternVLProcessor):
     def _images(self, images: Sequence[Image.Image], request_obj: Any) -> list[torch.Tensor]:
         """The tiles of each image."""
         most = self._most(request_obj, "image")
-        return [
-            self._preparation.tiles(image.convert("RGB"), most, is_image=True) for image in images
-        ]
+        return [self._preparation.tiles(image.convert("RGB"), most) for image in images]
 
     def _sample(self, video: VideoDecoderWrapper, count: int, most: int) -> _Video:
         """``count`` frames of a video; runs in a thread, because decoding takes its time."""
         with decoding():
             frames = [
-                self._preparation.tiles(_picture(video[index]), most, is_image=False)
+                self._preparation.tiles(_picture(video[index]), most)
                 for index in self._preparation.indices(len(video), count)
             ]
         return _Video(torch.cat(frames), tuple(len(tiles) for tiles in frames))
 
     def _counts(
-        self, media: Any, wishes: Sequence[Sampling], images: Sequence[torch.Tensor], request: Any
+        self, media: Any, wishes: Sequence[Wishes], images: Sequence[torch.Tensor], request: Any
     ) -> list[int]:
         """Frames of each video: what was asked for, or a default that the context holds.
 
@@ -153,13 +144,13 @@ class PevlmInternVLProcessor(InternVLProcessor):
             if not isinstance(video, VideoDecoderWrapper) or not len(video):
                 raise ValueError("video: expected a file with at least one frame, got none")
         tiles = max(self._tiles_a_frame(video, request) for video in media.videos)
-        wrapping = self._preparation.label(self._knobs.num_frames)
+        wrapping = self._preparation.label(self._settings.num_frames)
         wrapping += self.IMG_START + self.IMG_END + "\n"
         frame = tiles * self.num_image_token + self._token_len(wrapping)
         taken = self._token_len(media.input_text) + self.CONTEXT_RESERVED
         taken += sum(map(len, images)) * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
-        default = self._knobs.num_frames
+        default = self._settings.num_frames
         counts = share([wish.max_frames for wish in wishes], default, most)
         if min(counts) < default and any(wish.max_frames is None for wish in wishes):
             logger.warning(
@@ -182,10 +173,9 @@ class PevlmInternVLProcessor(InternVLProcessor):
 
     def _with_placeholders(self, prompt: str, images: Sequence[Any], videos: Sequence[Any]) -> str:
         """The prompt, with a placeholder for each image and video."""
-        if self._published:
-            # The chat template writes <IMG_CONTEXT>. SGLang would add <image> to it, and leave a
-            # placeholder of its own behind in the text.
-            prompt = prompt.replace(self.IMG_CONTEXT, self.IMAGE_PLACEHOLDER_TOKEN)
+        # The chat template writes <IMG_CONTEXT>. SGLang would add <image> to it, and leave a
+        # placeholder of its own behind in the text.
+        prompt = prompt.replace(self.IMG_CONTEXT, self.IMAGE_PLACEHOLDER_TOKEN)
         for placeholder, media in (
             (self.IMAGE_PLACEHOLDER_TOKEN, images),
             (self.VIDEO_PLACEHOLDER_TOKEN, videos),
@@ -225,28 +215,19 @@ class PevlmInternVLProcessor(InternVLProcessor):
         ]
 
     def _video_items(self, ids: torch.Tensor, videos: Sequence[_Video]) -> list[MultimodalDataItem]:
-        """An item a video, or SGLang's one for all, where its placeholders know no other."""
+        """An item a video."""
         frames = [len(video.tiles_per_frame) for video in videos]
         offsets = self._offsets(ids, self.VIDEO_CONTEXT_TOKEN, self.video_token_id, sum(frames))
         label, at = self._preparation.label(1), 0
         items: list[MultimodalDataItem] = []
-        marks: list[tuple[int, int]] = []
         for video, count in zip(videos, frames, strict=True):
-            before = ids[: offsets[at][0] - 1].tolist()
-            marks.append((count, opening_tokens(self.tokenizer, before, label)))
-            items.append(
-                MultimodalDataItem(
-                    feature=video.tiles, modality=Modality.VIDEO, offsets=offsets[at : at + count]
-                )
+            item = MultimodalDataItem(
+                feature=video.tiles, modality=Modality.VIDEO, offsets=offsets[at : at + count]
             )
+            before = ids[: offsets[at][0] - 1].tolist()
+            leave_labels(item, [(count, opening_tokens(self.tokenizer, before, label))])
+            items.append(item)
             at += count
-        if not self._published and len(items) > 1:
-            tiles = torch.cat([item.feature for item in items])
-            items = [MultimodalDataItem(feature=tiles, modality=Modality.VIDEO, offsets=offsets)]
-            internvl.mark(items[0], marks)
-        else:
-            for item, of_video in zip(items, marks, strict=True):
-                internvl.mark(item, [of_video])
         return items
 
     def _offsets(
@@ -277,12 +258,6 @@ def opening_tokens(tokenizer: Any, before: Sequence[int], label: str) -> int:
 def _picture(frame: Any) -> Image.Image:
     """A decoded frame, ``[height, width, 3]`` uint8; a tensor where SGLang decodes on the GPU."""
     return Image.fromarray(frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame)
-
-
-def _knobs(video_config: Mapping[str, Any]) -> FrameKnobs:
-    """The server's knobs. The reference knows no rate of frames."""
-    default = internvl.DEFAULT_NUM_FRAMES
-    return FrameKnobs.of(video_config, default=default, names=internvl.KNOBS)
 
 
 def share(wishes: Sequence[int | None], default: int, most: int) -> list[int]:

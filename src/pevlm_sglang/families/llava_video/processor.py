@@ -32,12 +32,12 @@ from sglang.srt.multimodal.mm_utils import ensure_numpy, expand2square, process_
 from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, load_image, load_video
 
-from pevlm_sglang.families.frame_settings import FrameKnobs
+from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.llava_video.image_tokens import image_tokens, patches_per_side
 from pevlm_sglang.families.llava_video.sizes import DEFAULT_NUM_FRAMES, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video.spans import FRAMES
 from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
-from pevlm_sglang.media.wishes import Sampling, split
+from pevlm_sglang.media.wishes import Wishes, split
 
 IMAGE, VIDEO = "<image>", "<video>"
 _PLACEHOLDER = re.compile(f"{IMAGE}|{VIDEO}")
@@ -80,15 +80,15 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         """Refuse a server's video settings.
 
         Raises:
-            ValueError: see :meth:`FrameKnobs.of`.
+            ValueError: see :meth:`FrameSettings.of`.
         """
-        FrameKnobs.of(video_config, default=DEFAULT_NUM_FRAMES)
+        FrameSettings.of(video_config, default=DEFAULT_NUM_FRAMES)
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
-        self._knobs = FrameKnobs.of(self.video_config, default=DEFAULT_NUM_FRAMES)
+        self._settings = FrameSettings.of(self.video_config, default=DEFAULT_NUM_FRAMES)
         self._patches = patches_per_side(hf_config)
         self._layout = TokenLayout.of(hf_config, self._patches)
         name = server_args.dtype
@@ -108,10 +108,10 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         if any(isinstance(medium, dict) for medium in (*images, *videos)):
             raise ValueError(
                 "image_data, video_data: expected files, URLs or bytes, got a dict; features that "
-                "are processed already need --pevlm-vision-fixes false"
+                "are processed already are not taken"
             )
         for wish in wishes:
-            wish.check(self._knobs.limits())
+            wish.check(self._settings.limits())
         pieces, order = self._pieces(input_text, len(images), len(videos))
         media = await self._load(images, videos, wishes, request_obj.modalities)
         return self._expand(pieces, [media[kind].pop(0) for kind in order])
@@ -171,7 +171,7 @@ class LlavaVideoProcessor(LlavaImageProcessor):
     # --- Media --------------------------------------------------------------------------------
 
     async def _load(
-        self, images: list[Any], videos: list[Any], wishes: list[Sampling], modalities: Any
+        self, images: list[Any], videos: list[Any], wishes: list[Wishes], modalities: Any
     ) -> dict[str, list[_Medium]]:
         loop = asyncio.get_running_loop()
 
@@ -185,13 +185,13 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         media = await asyncio.gather(*pictures, *clips)
         return {IMAGE: media[: len(images)], VIDEO: media[len(images) :]}
 
-    def _video(self, video: Any, wish: Sampling) -> _Medium:
+    def _video(self, video: Any, wish: Wishes) -> _Medium:
         with decoding():
             decoder = load_video(video, use_gpu=False)
         indices = sampled_frames(
             *length_and_rate(decoder),
-            wish.max_frames or self._knobs.num_frames,
-            wish.fps or self._knobs.fps,
+            wish.max_frames or self._settings.num_frames,
+            wish.fps or self._settings.fps,
         )
         distinct = sorted(set(indices))
         pixels = {

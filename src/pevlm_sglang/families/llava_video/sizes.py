@@ -13,12 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pevlm_sglang.families import frame_settings as frame_knobs
-from pevlm_sglang.families.frame_settings import FrameKnobs
-from pevlm_sglang.families.sizes import VideoTokens, read_json
-from pevlm_sglang.settings.refusals import UnsupportedError
+from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.families.frame_counts import SETTINGS, WISHES, FrameGeometry, FrameSettings
+from pevlm_sglang.families.sizes import read_json
 
-ARCHITECTURES: tuple[str, ...] = ("LlavaQwenForCausalLM",)
+__all__ = ["PUBLISHED", "SETTINGS", "WISHES", "of_checkpoint"]
 
 POOL_STRIDE = 2  # of the reference, whatever a configuration says
 _POOLED_SIDE = {"bilinear": math.ceil, "average": math.floor, "max": math.floor}
@@ -87,7 +86,6 @@ def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         )
 
 
-KNOBS = frame_knobs.KNOBS
 DEFAULT_NUM_FRAMES = 64
 
 
@@ -116,69 +114,36 @@ def sampled_frames(
 
 
 @dataclass(frozen=True)
-class LlavaGeometry:
-    """See :class:`~pevlm_sglang.families.sizes.Geometry`.
+class LlavaGeometry(FrameGeometry):
+    """See the base.
 
     Attributes:
         layout: of a video's tokens.
-        image_size: pixels a side of a frame as the vision tower sees it.
     """
 
-    layout: TokenLayout
-    image_size: int
-    context_length: int | None = None
+    image_size: int = 384
+    num_frames: int = DEFAULT_NUM_FRAMES
+    context_length: int | None = 32_768
     model_type: str = "llava"
-    frames_per_step: int = 1
-    default_prompt_tokens: int = 6  # "You are a helpful assistant."
+    layout: TokenLayout = TokenLayout(patches=27)
 
-    def knobs(self, values: Mapping[str, Any]) -> FrameKnobs:
-        """See :meth:`FrameKnobs.of`."""
-        return FrameKnobs.of(values, default=DEFAULT_NUM_FRAMES)
+    def sampled(self, total_frames: int, fps: float, settings: FrameSettings) -> int:
+        return len(sampled_frames(total_frames, fps, settings.num_frames, settings.fps))
 
-    def sample(self, sampled: int, knobs: FrameKnobs) -> tuple[int, float]:
-        """A file of as many frames as are sampled."""
-        fps = knobs.fps or 1.0
-        frames = len(sampled_frames(sampled, fps, knobs.num_frames, knobs.fps))
-        if frames != sampled:
-            raise ValueError(
-                f"{sampled} sampled frames: {frames} are sampled from any video here; "
-                f"set num_frames to {sampled}"
-            )
-        return sampled, fps
-
-    def video(
-        self, total_frames: int, fps: float, size: tuple[int, int], knobs: FrameKnobs
-    ) -> VideoTokens:
-        """What a file becomes; see the protocol. The size of its frames does not matter."""
-        if total_frames < 1 or min(size) < 1:
-            raise ValueError(f"video: expected a frame, got {total_frames} of {size}")
-        frames = len(sampled_frames(total_frames, fps, knobs.num_frames, knobs.fps))
+    def steps(self, frames: int) -> tuple[int, ...]:
         steps = [self.layout.tokens_per_frame] * frames
         steps[-1] += self.layout.tokens(frames) - sum(steps)
-        return VideoTokens(frames, tuple(steps), (self.image_size, self.image_size))
-
-    def chat_template_tokens(self, prompt_tokens: int) -> tuple[int, int]:
-        """``<|im_start|>system⏎ … <|im_end|>⏎<|im_start|>user⏎``, and
-        ``<|im_end|>⏎<|im_start|>assistant⏎``; chatml-llava has a system turn always."""
-        return 8, 5
+        return tuple(steps)
 
 
 _SIGLIP = ("google/siglip-so400m-patch14-384", 384, 14)
 
-PUBLISHED = {"llava_video": LlavaGeometry(TokenLayout(patches=27), 384, 32_768)}
+PUBLISHED = {"llava_video": LlavaGeometry()}
 """LLaVA-Video-7B-Qwen2, by a name for the command line."""
 
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
-    """The geometry of a checkpoint.
-
-    Args:
-        config: of ``config.json``.
-        directory: of the checkpoint.
-
-    Raises:
-        ValueError: a vision tower or a layout that is not known here.
-    """
+    """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     name = config.get("mm_vision_tower")
     if name == _SIGLIP[0]:
         _, image_size, patch_size = _SIGLIP
@@ -187,4 +152,9 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
         tower = tower.get("vision_config", tower)
         image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
     layout = TokenLayout.of(SimpleNamespace(**config), image_size // patch_size)
-    return LlavaGeometry(layout, image_size, config.get("max_position_embeddings"))
+    return LlavaGeometry(
+        image_size=image_size,
+        patch_size=patch_size,
+        context_length=config.get("max_position_embeddings"),
+        layout=layout,
+    )

@@ -10,14 +10,16 @@ Source: LLaVA-NeXT, ``prepare_inputs_labels_for_multimodal`` in llava/model/llav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from pevlm_sglang.families.llava_video.sizes import ARCHITECTURES, TokenLayout
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, item_ranges, runs
+from pevlm_sglang.errors import FrameSpanError
+from pevlm_sglang.families.llava_video.sizes import TokenLayout
+from pevlm_sglang.families.spans import image_ranges, item_ranges, runs
 from pevlm_sglang.layout import FrameSpans, Range
 
-__all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
+__all__ = ["frames_per_step", "image_ranges", "video_spans"]
 
 FRAMES = "pevlm_frames"
 """Of a video's item, beside its features: the number of its frames. An item that is one frame of a
@@ -34,7 +36,7 @@ def frames_per_step(hf_config: Any) -> int:
     return 1
 
 
-def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
     """The videos of a request: those that came whole, and the runs of frames that came as images.
 
     Raises:
@@ -42,7 +44,10 @@ def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[Frame
     """
     whole: list[FrameSpans] = []
     listed: list[Range] = []
-    for item, ranges in _ranges(inputs, "VIDEO"):
+    for item in inputs.mm_items:
+        if not item.is_video():
+            continue
+        ranges = item_ranges(item)
         frames = item.model_specific_data.get(FRAMES)
         if frames is None:
             listed += ranges
@@ -51,37 +56,6 @@ def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[Frame
         else:
             whole.append(FrameSpans(_steps(*ranges[0], int(frames)), frames_per_step))
     return whole + runs(sorted(listed), whole)
-
-
-def image_ranges(inputs: Any) -> list[Range]:
-    """The token ranges of all images.
-
-    Raises:
-        FrameSpanError: an image without a place in the prompt.
-    """
-    return [span for _, ranges in _ranges(inputs, "IMAGE") for span in ranges]
-
-
-def _ranges(inputs: Any, modality: str) -> list[tuple[Any, list[Range]]]:
-    """Each item of a modality with its token ranges.
-
-    SGLang's own model (``--pevlm-vision-fixes false``) leaves an item's offsets empty, and puts the
-    place of its items beside them (``pad_input_ids`` in sglang/srt/models/llava.py).
-    """
-    items = inputs.mm_items
-    starts = getattr(inputs, "image_offsets", None)
-    if starts and not any(item.offsets for item in items):
-        lengths = inputs.image_pad_len
-        if not len(starts) == len(lengths) == len(items):
-            raise FrameSpanError(
-                f"image_offsets: expected one an item ({len(items)}), got {len(starts)}"
-            )
-        placed = [
-            (item, [(int(start), int(start + length))])
-            for item, start, length in zip(items, starts, lengths, strict=True)
-        ]
-        return [(item, ranges) for item, ranges in placed if item.modality.name == modality]
-    return [(item, item_ranges(item)) for item in items if item.modality.name == modality]
 
 
 def _steps(start: int, end: int, frames: int) -> tuple[Range, ...]:

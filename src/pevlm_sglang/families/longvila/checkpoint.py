@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from pevlm_sglang.families.longvila.spans import DEFAULT_NUM_FRAMES, DOWNSAMPLE
+from pevlm_sglang.families.longvila.sizes import DEFAULT_NUM_FRAMES, DOWNSAMPLE
 
 MODEL_TYPE = "llava_llama"
 ARCHITECTURE = "LlavaLlamaModel"
@@ -235,3 +235,21 @@ class VilaProcessor:
             VilaTokenizer.from_pretrained(path, **where),
             SiglipImageProcessorPil.from_pretrained(path, subfolder=_TOWER, **where),
         )
+
+
+def register() -> None:
+    """Teach transformers and SGLang to read the checkpoints; in every process of a server.
+
+    SGLang's own way in is environment variables (``SGLANG_EXTERNAL_MM_MODEL_ARCH``, …), which hold
+    one value each. What SGLang does with them is done here, so that they stay free.
+    """
+    from sglang.srt.configs.model_config import multimodal_model_archs
+    from sglang.srt.multimodal.customized_mm_processor_utils import register_customized_processor
+    from sglang.srt.utils.hf_transformers.common import _CONFIG_REGISTRY
+
+    AutoConfig.register(MODEL_TYPE, VilaConfig, exist_ok=True)
+    AutoTokenizer.register(VilaConfig, VilaTokenizer, exist_ok=True)
+    _CONFIG_REGISTRY.setdefault(MODEL_TYPE, VilaConfig)
+    register_customized_processor(VilaProcessor)(VilaConfig)
+    if ARCHITECTURE not in multimodal_model_archs:
+        multimodal_model_archs.append(ARCHITECTURE)

@@ -208,6 +208,3 @@ def _load(wanted: dict[str, nn.Parameter], name: str, weight: torch.Tensor, *sha
         raise ValueError(f"{ARCHITECTURE}: expected no weight {name}")
     parameter = wanted[name]
     getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight, *shard)
-
-
-EntryClass = [LlavaLlamaModel]

@@ -27,13 +27,13 @@ from sglang.srt.multimodal.processors.base_processor import (
     MultimodalSpecialTokens,
 )
 
-from pevlm_sglang.families.frame_settings import FrameKnobs
-from pevlm_sglang.families.internvl.tiles import tile_layout
+from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.longvila.checkpoint import IMAGE_TOKEN, VIDEO_TOKEN
-from pevlm_sglang.families.longvila.spans import frames_at_rate
+from pevlm_sglang.families.longvila.sizes import frames_at_rate
+from pevlm_sglang.families.tile_layout import tile_layout
 from pevlm_sglang.media.tower_dtype import tower_dtype
 from pevlm_sglang.media.video_file import frames_of, length_and_rate
-from pevlm_sglang.media.wishes import Sampling, split
+from pevlm_sglang.media.wishes import Wishes, split
 
 _PLACEHOLDERS = {Modality.IMAGE: IMAGE_TOKEN, Modality.VIDEO: VIDEO_TOKEN}
 
@@ -41,7 +41,7 @@ _PLACEHOLDERS = {Modality.IMAGE: IMAGE_TOKEN, Modality.VIDEO: VIDEO_TOKEN}
 class LongVilaProcessor(BaseMultimodalProcessor):
     """Turns ``<image>`` and ``<vila/video>`` of a prompt into frames."""
 
-    models: list[type] = []  # noqa: RUF012 (found by architecture, see processors/__init__.py)
+    models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
     gpu_image_decode = False  # PIL images
     video_preprocessing_device = "cpu"
     supports_mm_processor_concurrency = False
@@ -59,7 +59,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
             video_token=VIDEO_TOKEN,
             video_token_id=self._ids[Modality.VIDEO],
         ).build(processor)
-        self._knobs = FrameKnobs.of(self.video_config, default=hf_config.num_video_frames)
+        self._settings = FrameSettings.of(self.video_config, default=hf_config.num_video_frames)
         self._dtype = tower_dtype(hf_config)
 
     @classmethod
@@ -69,7 +69,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         Raises:
             ValueError: an unknown name, or a bad value.
         """
-        FrameKnobs.of(video_config, default=hf_config.num_video_frames)
+        FrameSettings.of(video_config, default=hf_config.num_video_frames)
 
     async def process_mm_data_async(
         self,
@@ -86,7 +86,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         """
         sources, wishes = split(request_obj.video_data)
         for wish in wishes:
-            wish.check(self._knobs.limits())
+            wish.check(self._settings.limits())
         images = list(image_data or ())
         if any(self._is_preprocessed_input(item) for item in (*images, *sources)):
             raise ValueError("image, video: expected a file, URL or bytes, got processed features")
@@ -105,7 +105,7 @@ class LongVilaProcessor(BaseMultimodalProcessor):
         prompt: str | list[int],
         images: Sequence[Image.Image],
         videos: Sequence[Any],
-        wishes: Sequence[Sampling],
+        wishes: Sequence[Wishes],
     ) -> MultimodalProcessorOutput:
         tiled = self._is_tiled(images, videos)
         ids = prompt if isinstance(prompt, list) else self._tokenizer(prompt).input_ids
@@ -167,12 +167,12 @@ class LongVilaProcessor(BaseMultimodalProcessor):
 
     # --- Pixels ---------------------------------------------------------------------------------
 
-    def _video(self, video: Any, wish: Sampling) -> torch.Tensor:
+    def _video(self, video: Any, wish: Wishes) -> torch.Tensor:
         """``[frames, 3, size, size]`` pixels of a video's sampled frames."""
         indices = frame_indices(
             *length_and_rate(video),
-            most=wish.max_frames or self._knobs.num_frames,
-            fps=wish.fps or self._knobs.fps,
+            most=wish.max_frames or self._settings.num_frames,
+            fps=wish.fps or self._settings.fps,
         )
         distinct, which = np.unique(indices, return_inverse=True)
         frames = frames_of(video, distinct.tolist())

@@ -2,7 +2,7 @@
 
 A video is ``frame₀ ⏎ frame₁ ⏎ …``: every frame is 196 tokens (at 384 pixels; 256 at 448) and a
 newline, which closes it and belongs to it. An image is a frame alone.
-Source: :mod:`pevlm_sglang.families.longvila.processor`, and there the reference.
+Source: ``processor.py`` beside this file, and there the reference.
 """
 
 from __future__ import annotations
@@ -10,25 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, item_ranges
+from pevlm_sglang.errors import FrameSpanError
+from pevlm_sglang.families.spans import item_ranges
 from pevlm_sglang.layout import FrameSpans, Range
-
-ARCHITECTURES: tuple[str, ...] = ("LlavaLlamaModel",)
-
-DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
-
-DOWNSAMPLE = {
-    "mlp_downsample": 2,
-    "mlp_downsample_fix": 2,  # the name in longvila/train/5_long_sft_256frames.sh
-    "mlp_downsample_2x2_fix": 2,
-    "mlp_downsample_3x3_fix": 3,
-}
-"""Projector type → patches a side that become one token."""
-
-
-def frames_at_rate(total: int, video_fps: float, fps: float, most: int) -> int:
-    """How many frames of a video are sampled at a rate: two at least, and no more than it has."""
-    return min(max(int(total / video_fps * fps), 2), most, total)
 
 
 def frames_per_step(hf_config: Any) -> int:
@@ -36,14 +20,14 @@ def frames_per_step(hf_config: Any) -> int:
     return 1
 
 
-def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
     """The videos of a request.
 
     Raises:
         FrameSpanError: a video item without offsets, or one that the prompt's tokens contradict.
     """
     return [
-        FrameSpans(tuple(_frames(item, prompt.ids)), frames_per_step)
+        FrameSpans(tuple(_frames(item, ids)), frames_per_step)
         for item in inputs.mm_items
         if item.is_video()
     ]

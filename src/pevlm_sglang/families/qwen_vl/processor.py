@@ -1,9 +1,7 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the video as qwen-vl-utils gives it, and knobs of each video.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the video as qwen-vl-utils gives it, and wishes of each video.
 
-SGLang's own processor differs from that; ``vision.py`` says how. Here, frames are sampled and
-resized before SGLang's code sees the video, which leaves such a video alone.
-
-With ``--pevlm-vision-fixes false`` SGLang's own functions do it, with the request's knobs.
+SGLang's own processor differs from that; the package's docstring says how. Here, frames are sampled
+and resized before SGLang's code sees the video, which leaves such a video alone.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ from typing import Any
 import torch
 from sglang.srt.multimodal.processors import qwen_vl as upstream
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
-from pevlm_sglang.families.qwen_vl.sizes import KNOBS, QwenGeometry, VideoKnobs
-from pevlm_sglang.media.video_file import decoding, length_and_rate
-from pevlm_sglang.media.wishes import Sampling, split
+from pevlm_sglang.families.qwen_vl import VIDEO
+from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
+from pevlm_sglang.families.qwen_vl.timestamps import label_items
+from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references, sampled_upstream
+from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+from pevlm_sglang.media.wishes import Wishes, split
 
 _METADATA = "pevlm_video_metadata"
-_FRAMES_AT_ONCE = 16  # of a resize, which computes in fp32
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
 
 
@@ -35,7 +33,7 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = _geometry(hf_config)
-        self.vision_fixes = server_args._pevlm_config.vision_fixes
+        self._steps_aside = is_the_references(self.geometry)
 
     @classmethod
     def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
@@ -48,7 +46,7 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
         Raises:
             ValueError: says which.
         """
-        _server_knobs(_geometry(hf_config), video_config)
+        _server_settings(_geometry(hf_config), video_config)
 
     async def load_mm_data(self, *args: Any, video_data: Any = None, **kwargs: Any) -> Any:
         """Load the media of a request, and sample and resize its videos.
@@ -59,9 +57,8 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
         sources, wishes = split(video_data)
         asked = any(wish.given() for wish in wishes)
         if asked:
-            # Without corrections, SGLang passes names that are no knobs to the video processor.
-            known = {k: value for k, value in self.video_config.items() if k in KNOBS}
-            limits = limits_of(self.geometry, _server_knobs(self.geometry, known))
+            server = _server_settings(self.geometry, self.video_config)
+            limits = limits_of(self.geometry, server)
             for wish in wishes:
                 wish.check(limits)
         loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
@@ -70,7 +67,7 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
             raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
         if any(encoded) and not all(encoded):
             raise ValueError("videos: expected all of them encoded or none, got some of each")
-        if any(encoded) and (asked or self.vision_fixes):
+        if any(encoded):
             # SGLang drops videos without a placeholder, which come last.
             pairs = zip(loaded.videos, wishes, strict=False)
             prepared = [await self._prepare(video, wish) for video, wish in pairs]
@@ -78,33 +75,34 @@ class QwenVLProcessor(upstream.QwenVLImageProcessor):
             setattr(loaded, _METADATA, [metadata for _, metadata in prepared])
         return loaded
 
-    async def _prepare(self, video: Any, wish: Sampling) -> tuple[torch.Tensor, dict[str, Any]]:
+    async def _prepare(self, video: Any, wish: Wishes) -> tuple[torch.Tensor, dict[str, Any]]:
         """Frames ``[T, 3, H, W]`` uint8 of a video, and their metadata for the processor."""
-        if not self.vision_fixes:
-            values = with_wishes(self.video_config, wish)
-            frames, metadata = await upstream.preprocess_video(video, video_config=values)
-            return frames, metadata
-        server = _server_knobs(self.geometry, self.video_config)
-        knobs = self.geometry.knobs(with_wishes(server.given(), wish))
-        work = self.io_executor.submit(sample_and_resize, video, self.geometry, knobs)
+        server = _server_settings(self.geometry, self.video_config)
+        settings = self.geometry.settings(with_wishes(server.given(), wish))
+        if self._steps_aside:
+            return await sampled_upstream(video, self.geometry, settings.given())
+        work = self.io_executor.submit(sample_and_resize, video, self.geometry, settings)
         return await asyncio.wrap_future(work)
 
     async def process_and_combine_mm_data_async(
         self, base_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Hand over what SGLang would hand over, had it sampled the frames itself; the reference's
-        metadata and no second resize where they are corrected."""
-        metadata = getattr(base_output, _METADATA, None)
-        if metadata is not None and self.vision_fixes:
+        """Hand over the reference's metadata, without a second resize; and leave the steps of a
+        video with timestamps on its item."""
+        if (metadata := getattr(base_output, _METADATA, None)) is not None:
             kwargs |= {"video_metadata": metadata, "do_sample_frames": False}
             kwargs["processor_video_config"] = {"do_resize": False}
-        elif metadata is not None:
-            kwargs["processor_video_config"] = upstream._get_processor_video_config(
-                self.video_config, metadata
-            )
-            if "video_metadata" in kwargs:
-                kwargs["video_metadata"] = metadata
-        return await super().process_and_combine_mm_data_async(base_output, *args, **kwargs)
+        items, ids, output = await super().process_and_combine_mm_data_async(
+            base_output, *args, **kwargs
+        )
+        if self.geometry.has_timestamps:
+            label_items(items, ids.flatten().tolist(), self._tokenizer)
+        return items, ids, output
+
+
+def needless_corrections(hf_config: Any) -> tuple[str, ...]:
+    """See :class:`~pevlm_sglang.families.family.Family`."""
+    return VIDEO if is_the_references(_geometry(hf_config)) else ()
 
 
 def _geometry(hf_config: Any) -> QwenGeometry:
@@ -117,27 +115,27 @@ def _geometry(hf_config: Any) -> QwenGeometry:
     )
 
 
-def _server_knobs(geometry: QwenGeometry, video_config: Mapping[str, Any]) -> VideoKnobs:
+def _server_settings(geometry: QwenGeometry, video_config: Mapping[str, Any]) -> VideoSettings:
     """What the server says about videos, its environment included.
 
     Raises:
-        ValueError: see :meth:`QwenGeometry.knobs`.
+        ValueError: see :meth:`QwenGeometry.settings`.
     """
     environment = {}
     if _TOTAL_PIXELS in os.environ:
         environment["total_pixels"] = int(float(os.environ[_TOTAL_PIXELS]))
-    return geometry.knobs({**environment, **video_config})
+    return geometry.settings({**environment, **video_config})
 
 
-def limits_of(geometry: QwenGeometry, knobs: VideoKnobs) -> dict[str, float]:
+def limits_of(geometry: QwenGeometry, settings: VideoSettings) -> dict[str, float]:
     """What a request may ask for at most; frames at a high rate are bounded by ``max_frames``."""
-    limits = {"fps": math.inf, "max_frames": knobs.max_frames}
-    if knobs.resized_width is None:
-        limits["max_pixels"] = geometry.max_pixels(knobs)
+    limits = {"fps": math.inf, "max_frames": settings.max_frames}
+    if settings.resized_width is None:
+        limits["max_pixels"] = geometry.max_pixels(settings)
     return limits
 
 
-def with_wishes(values: Mapping[str, Any], wish: Sampling) -> dict[str, Any]:
+def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:
     """The server's video settings for one video. A rate takes the place of the server's
     ``nframes``, and ``max_frames`` bounds it too."""
     mixed = {**values, **wish.given()}
@@ -146,41 +144,3 @@ def with_wishes(values: Mapping[str, Any], wish: Sampling) -> dict[str, Any]:
     elif wish.max_frames is not None and "nframes" in mixed:
         mixed["nframes"] = min(mixed["nframes"], wish.max_frames)
     return mixed
-
-
-def sample_and_resize(
-    video: Any, geometry: QwenGeometry, knobs: VideoKnobs
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Frames ``[T, 3, H, W]`` uint8, and their metadata as transformers takes it.
-
-    Args:
-        video: SGLang's ``VideoDecoderWrapper``.
-
-    Raises:
-        ValueError: a video with too few frames, or too long and narrow.
-
-    Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
-    in one piece and cast to fp32 at the end, to the same values.
-    """
-    total, fps = length_and_rate(video)
-    count = geometry.sampled_frames(total, fps, knobs)
-    indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    with decoding():
-        frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
-    size = frames.shape[-1], frames.shape[-2]
-    width, height = geometry.resized(count, size, knobs)
-    frames = torch.cat(
-        [
-            resize(part, [height, width], InterpolationMode.BICUBIC, antialias=True)
-            for part in frames.split(_FRAMES_AT_ONCE)
-        ]
-    )
-    if frames.device.type == "cpu" and torch.cuda.is_available():
-        frames = frames.pin_memory()  # as SGLang does
-    return frames, {
-        "fps": fps,
-        "duration": total / fps,
-        "total_num_frames": total,
-        "frames_indices": indices,
-        "video_backend": "torchcodec",
-    }

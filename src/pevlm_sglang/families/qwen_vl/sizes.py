@@ -2,7 +2,7 @@
 
 The definition is qwen-vl-utils 0.0.14, ``smart_nframes`` and ``fetch_video``, with one liberty that
 SGLang takes too: ``max_pixels`` may be set beyond 768 tokens. Qwen's own processors use it, and so
-does this plugin's (``processors/qwen_vl.py``), from here: what ``pevlm show`` predicts and what the
+does this plugin's (``processor.py``), from here: what ``pevlm show`` predicts and what the
 server does is one piece of code. The library is the tests' oracle and no dependency: its pixel
 budget is not a function to call, but part of one that also downloads and decodes.
 """
@@ -18,13 +18,6 @@ from typing import Any
 
 from pevlm_sglang.families.sizes import VideoTokens, processor_settings
 
-ARCHITECTURES: tuple[str, ...] = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-)
-
 _FRAME_FACTOR = 2  # an even number of frames is sampled
 _MAX_RATIO = 200  # of the longer side to the shorter
 _MIN_TOKENS, _MAX_TOKENS = 128, 768  # of a sampled frame, before frames are merged into steps
@@ -33,7 +26,7 @@ _TOTAL_TOKENS = 115_200  # of all steps together: 90 % of a context of 128,000
 
 
 @dataclass(frozen=True)
-class VideoKnobs:
+class VideoSettings:
     """The keys of SGLang's ``--mm-process-config '{"video": {...}}'``.
 
     A token is a square of ``patch_size × merge_size`` pixels a side.
@@ -73,14 +66,14 @@ class VideoKnobs:
             raise ValueError("resized_height, resized_width: expected both or none")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> VideoKnobs:
-        """The knobs in the ``video`` section of the server's flag.
+    def of(cls, values: Mapping[str, Any]) -> VideoSettings:
+        """The settings in the ``video`` section of the server's flag.
 
         Raises:
-            ValueError: a name or a value that is not one of a knob, or fps beside nframes.
+            ValueError: a name or a value that is not one of a setting, or fps beside nframes.
         """
-        if unknown := [name for name in values if name not in KNOBS]:
-            raise ValueError(f"video knob {unknown[0]}: expected one of {', '.join(KNOBS)}")
+        if unknown := [name for name in values if name not in SETTINGS]:
+            raise ValueError(f"video setting {unknown[0]}: expected one of {', '.join(SETTINGS)}")
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
@@ -89,15 +82,16 @@ class VideoKnobs:
         return cls(**values)
 
     def given(self) -> dict[str, float]:
-        """The knobs that are not at their default, as the server's flag takes them."""
+        """The settings that are not at their default, as the server's flag takes them."""
         return {
-            knob.name: value
-            for knob in dataclasses.fields(self)
-            if (value := getattr(self, knob.name)) != knob.default
+            setting.name: value
+            for setting in dataclasses.fields(self)
+            if (value := getattr(self, setting.name)) != setting.default
         }
 
 
-KNOBS = tuple(knob.name for knob in dataclasses.fields(VideoKnobs))
+SETTINGS: tuple[str, ...] = tuple(setting.name for setting in dataclasses.fields(VideoSettings))
+WISHES: tuple[str, ...] = ("fps", "max_frames", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -142,28 +136,28 @@ class QwenGeometry:
         """Pixels a side of a token, which a resized frame's sides are multiples of."""
         return self.patch_size * self.merge_size
 
-    def knobs(self, values: Mapping[str, Any]) -> VideoKnobs:
-        """See :meth:`VideoKnobs.of`; bounds must leave room for a frame too."""
-        knobs = VideoKnobs.of(values)
-        least = self.min_pixels(knobs)
-        if knobs.max_pixels is not None and knobs.max_pixels < least:
+    def settings(self, values: Mapping[str, Any]) -> VideoSettings:
+        """See :meth:`VideoSettings.of`; bounds must leave room for a frame too."""
+        settings = VideoSettings.of(values)
+        least = self.min_pixels(settings)
+        if settings.max_pixels is not None and settings.max_pixels < least:
             raise ValueError(
                 f"max_pixels: expected at least min_pixels, {least:g} here, got "
-                f"{knobs.max_pixels:g}; --mm-process-config lowers min_pixels"
+                f"{settings.max_pixels:g}; --mm-process-config lowers min_pixels"
             )
-        return knobs
+        return settings
 
-    def min_pixels(self, knobs: VideoKnobs) -> float:
+    def min_pixels(self, settings: VideoSettings) -> float:
         """The smallest sampled frame after the resize."""
-        return knobs.min_pixels or _MIN_TOKENS * self.factor**2
+        return settings.min_pixels or _MIN_TOKENS * self.factor**2
 
-    def max_pixels(self, knobs: VideoKnobs) -> float:
+    def max_pixels(self, settings: VideoSettings) -> float:
         """The largest sampled frame after the resize, in a short video."""
-        if knobs.max_pixels is not None:
-            return knobs.max_pixels
-        return max(_MAX_TOKENS * self.factor**2, int(self.min_pixels(knobs) * 1.05))
+        if settings.max_pixels is not None:
+            return settings.max_pixels
+        return max(_MAX_TOKENS * self.factor**2, int(self.min_pixels(settings) * 1.05))
 
-    def sampled_frames(self, total_frames: int, fps: float, knobs: VideoKnobs) -> int:
+    def sampled_frames(self, total_frames: int, fps: float, settings: VideoSettings) -> int:
         """How many frames of a file are sampled.
 
         Raises:
@@ -171,12 +165,12 @@ class QwenGeometry:
 
         Source: ``smart_nframes`` of qwen-vl-utils.
         """
-        if knobs.nframes is not None:
-            frames = _rounded(knobs.nframes, _FRAME_FACTOR)
+        if settings.nframes is not None:
+            frames = _rounded(settings.nframes, _FRAME_FACTOR)
         else:
-            least = _ceiled(knobs.min_frames, _FRAME_FACTOR)
-            wanted = total_frames / fps * knobs.fps
-            bounded = min(max(wanted, least), knobs.max_frames, total_frames)
+            least = _ceiled(settings.min_frames, _FRAME_FACTOR)
+            wanted = total_frames / fps * settings.fps
+            bounded = min(max(wanted, least), settings.max_frames, total_frames)
             frames = _floored(bounded, _FRAME_FACTOR)
         if frames < _FRAME_FACTOR:
             raise ValueError(
@@ -188,7 +182,9 @@ class QwenGeometry:
             )
         return frames
 
-    def resized(self, frames: int, size: tuple[int, int], knobs: VideoKnobs) -> tuple[int, int]:
+    def resized(
+        self, frames: int, size: tuple[int, int], settings: VideoSettings
+    ) -> tuple[int, int]:
         """Width and height of a sampled frame after the resize.
 
         Args:
@@ -200,14 +196,14 @@ class QwenGeometry:
 
         Source: ``fetch_video`` and ``smart_resize`` of qwen-vl-utils.
         """
-        if knobs.resized_width is not None and knobs.resized_height is not None:
-            size = (knobs.resized_width, knobs.resized_height)
+        if settings.resized_width is not None and settings.resized_height is not None:
+            size = (settings.resized_width, settings.resized_height)
             least, most = (float(tokens * self.factor**2) for tokens in _IMAGE_TOKENS)
         else:
-            least = self.min_pixels(knobs)
-            total = knobs.total_pixels or _TOTAL_TOKENS * self.factor**2
+            least = self.min_pixels(settings)
+            total = settings.total_pixels or _TOTAL_TOKENS * self.factor**2
             share = max(total / frames * _FRAME_FACTOR, int(least * 1.05))
-            most = min(self.max_pixels(knobs), share)
+            most = min(self.max_pixels(settings), share)
         width, height = size
         if min(size) < 1 or max(size) / min(size) > _MAX_RATIO:
             raise ValueError(
@@ -235,22 +231,22 @@ class QwenGeometry:
             return _ceiled(size[0] * grow, factor), _ceiled(size[1] * grow, factor)
         return width, height
 
-    def sample(self, sampled: int, knobs: VideoKnobs) -> tuple[int, float]:
+    def sample(self, sampled: int, settings: VideoSettings) -> tuple[int, float]:
         """A file of as many frames as are sampled."""
-        frames = self.sampled_frames(sampled, knobs.fps, knobs)
+        frames = self.sampled_frames(sampled, settings.fps, settings)
         if frames != sampled:
             raise ValueError(
                 f"{sampled} sampled frames: SGLang would sample {frames} here, an even number "
-                f"up to max_frames ({knobs.max_frames}), or nframes where that is set"
+                f"up to max_frames ({settings.max_frames}), or nframes where that is set"
             )
-        return sampled, knobs.fps
+        return sampled, settings.fps
 
     def video(
-        self, total_frames: int, fps: float, size: tuple[int, int], knobs: VideoKnobs
+        self, total_frames: int, fps: float, size: tuple[int, int], settings: VideoSettings
     ) -> VideoTokens:
         """What a file becomes; see the protocol."""
-        frames = self.sampled_frames(total_frames, fps, knobs)
-        width, height = self.resized(frames, size, knobs)
+        frames = self.sampled_frames(total_frames, fps, settings)
+        width, height = self.resized(frames, size, settings)
         rows, columns = height // self.patch_size, width // self.patch_size
         num_steps = -(-frames // self.temporal_patch_size)
         pads = rows * columns // self.merge_size**2

@@ -4,22 +4,19 @@ The chat template writes ``<|vision_start|>`` and ``<|vision_end|>`` around a vi
 processor expands one pad between them to ``T × H × W / merge²`` tokens, step after step. Several
 videos may share one item: offset i belongs to row i of ``video_grid_thw``.
 Source: sglang/srt/multimodal/processors/qwen_vl.py.
-What a video becomes before that, sampled frames and their sizes, is ``qwen_geometry``'s.
+What a video becomes before that, sampled frames and their sizes, is said in ``sizes.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, grid_rows, image_ranges, item_ranges
+from pevlm_sglang.errors import FrameSpanError
+from pevlm_sglang.families.spans import grid_rows, image_ranges, item_ranges
 from pevlm_sglang.layout import FrameSpans
 
-__all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
-
-ARCHITECTURES: tuple[str, ...] = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-)
+__all__ = ["frames_per_step", "image_ranges", "video_spans"]
 
 
 def frames_per_step(hf_config: Any) -> int:
@@ -27,7 +24,7 @@ def frames_per_step(hf_config: Any) -> int:
     return int(hf_config.vision_config.temporal_patch_size)
 
 
-def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
+def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
     """The videos of a request. The prompt holds no text of the processor.
 
     Raises:

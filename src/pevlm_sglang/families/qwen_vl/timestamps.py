@@ -6,9 +6,9 @@ it, so the steps tile the video. Timestamps differ in length, and so do steps. A
 ``<|vision_start|>`` and ``<|vision_end|>`` may stand around the video: the chat template wrote it,
 transformers has kept it since 5.10, and it is outside the video.
 
-The first timestamp is found in the text, from ``<|vision_start|>`` backwards. Where no special
-token stands before it, one token may hold both the end of the user's text and the timestamp's
-``<`` (``.<`` is a token of Qwen's). That token belongs to the text before the video.
+Where no special token stands before the first timestamp, one token may hold both the end of the
+user's text and the timestamp's ``<`` (``.<`` is a token of Qwen's). That token belongs to the text
+before the video.
 
 Several videos may share one item: row i of ``video_grid_thw`` says how many of the offsets are
 video i's. Source: sglang/srt/managers/mm_utils.py (``get_new_expanded_mm_items``) and
@@ -18,41 +18,49 @@ video i's. Source: sglang/srt/managers/mm_utils.py (``get_new_expanded_mm_items`
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
-from pevlm_sglang.families.spans import FrameSpanError, Prompt, grid_rows, image_ranges, item_ranges
+from pevlm_sglang.families.qwen_vl.spans import frames_per_step
+from pevlm_sglang.families.spans import (
+    grid_rows,
+    image_ranges,
+    item_ranges,
+    labelled_videos,
+    leave_labels,
+)
 from pevlm_sglang.layout import FrameSpans, Range
 
-__all__ = ["ARCHITECTURES", "frames_per_step", "image_ranges", "video_spans"]
+__all__ = ["frames_per_step", "image_ranges", "label_items", "video_spans"]
 
-ARCHITECTURES: tuple[str, ...] = (
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-)
-
-_TIMESTAMP = re.compile(r"<\d+\.\d seconds>\Z")
+_TIMESTAMP = r"<\d+\.\d seconds>"
 _MAX_TIMESTAMP_TOKENS = 24  # as many as "<999999999999.9 seconds>" has characters
-_FIRST_PLACEHOLDER = 1_000_000  # SGLang's MM_PAD_SHIFT_VALUE; no vocabulary reaches it
 
 
-def frames_per_step(hf_config: Any) -> int:
-    """Sampled frames that the vision tower merges into one step."""
-    return int(hf_config.vision_config.temporal_patch_size)
-
-
-def video_spans(inputs: Any, prompt: Prompt, frames_per_step: int) -> list[FrameSpans]:
-    """The videos of a request, each with the timestamps in it.
-
-    Raises:
-        FrameSpanError: offsets, grid and text of an item do not fit together, or the server has
-            no tokenizer to read the text with.
-    """
+def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
+    """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
     return [
-        FrameSpans(tuple(_steps(ranges, inputs, prompt)), frames_per_step)
+        FrameSpans(tuple(steps), frames_per_step)
         for item in inputs.mm_items
         if item.is_video()
-        for ranges in _videos(item)
+        for steps in labelled_videos(item, inputs, ids, closing=1)
     ]
+
+
+def label_items(items: Iterable[Any], ids: Sequence[int], tokenizer: Any) -> None:
+    """Leave the steps of each video with its item; in the launcher, where the text is at hand.
+
+    Args:
+        items: SGLang's ``MultimodalDataItem`` of a request.
+        ids: of the expanded prompt, with the tokenizer's own placeholders.
+
+    Raises:
+        ValueError: offsets, grid and text of an item do not fit together (HTTP 400).
+    """
+    for item in items:
+        if item.is_video():
+            leave_labels(item, [_label(video, ids, tokenizer) for video in _videos(item)])
 
 
 def _videos(item: Any) -> list[list[Range]]:
@@ -60,65 +68,34 @@ def _videos(item: Any) -> list[list[Range]]:
     ranges = item_ranges(item)
     steps = [row[0] for row in grid_rows(item)]
     if min(steps, default=0) < 1 or sum(steps) != len(ranges):
-        raise FrameSpanError(
+        raise ValueError(
             f"video item: expected one offset a step, for videos of {steps} steps in "
             f"video_grid_thw, got {len(ranges)}"
         )
     rest = iter(ranges)
-    return [[next(rest) for _ in range(count)] for count in steps]
+    return [list(islice(rest, count)) for count in steps]
 
 
-def _steps(ranges: list[Range], inputs: Any, prompt: Prompt) -> list[Range]:
-    """The steps of a video, from the ranges of its placeholders."""
-    if prompt.tokenizer is None:
-        raise FrameSpanError(
-            "tokenizer: expected one, with which a video's timestamps are found, got none; serve "
-            "without --skip-tokenizer-init"
+def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> tuple[int, int]:
+    """Steps of a video, and tokens of its first timestamp, from the ranges of its placeholders."""
+    between = [i for (_, end), (start, _) in pairwise(steps) for i in ids[end + 1 : start - 1]]
+    text = tokenizer.decode(between, skip_special_tokens=False)  # of all steps but the first
+    if not re.fullmatch(f"(?:{_TIMESTAMP}){{{len(steps) - 1}}}", text):
+        raise ValueError(
+            f"video of {len(steps)} steps: expected a timestamp, '<0.2 seconds>' say, between a "
+            f"step and the one before it, got {text[:80]!r}"
         )
-    steps: list[Range] = []
-    for first, end in ranges:
-        _check_wrapper(first - 1, end, inputs, prompt)
-        start = steps[-1][1] if steps else _timestamp_start(first - 1, prompt)
-        text = _text(prompt, start, first - 1)
-        if steps and not _TIMESTAMP.fullmatch(text):
-            raise FrameSpanError(
-                f"step {len(steps)} of a video: expected a timestamp, '<0.2 seconds>' say, between "
-                f"it and the step before it, got {text[:80]!r}"
-            )
-        steps.append((start, end + 1))
-    return steps
+    return len(steps), _timestamp_tokens(ids, steps[0][0] - 1, tokenizer)
 
 
-def _check_wrapper(vision_start: int, vision_end: int, inputs: Any, prompt: Prompt) -> None:
-    """Both tokens have to stand around a step's placeholders."""
-    for name, position, expected in (
-        ("<|vision_start|>", vision_start, inputs.im_start_id),
-        ("<|vision_end|>", vision_end, inputs.im_end_id),
-    ):
-        got = prompt.ids[position] if 0 <= position < len(prompt.ids) else None
-        if got is None or got != expected:
-            raise FrameSpanError(
-                f"step of a video: expected {name} ({expected}) at position {position}, got {got}"
-            )
-
-
-def _timestamp_start(end: int, prompt: Prompt) -> int:
-    """Position of the first token that holds nothing but a part of the timestamp before ``end``."""
+def _timestamp_tokens(ids: Sequence[int], end: int, tokenizer: Any) -> int:
+    """Tokens before position ``end`` that hold nothing but a part of the timestamp there."""
     text = ""
-    for start in range(end - 1, max(end - _MAX_TIMESTAMP_TOKENS, 0) - 1, -1):
-        text = _text(prompt, start, end)
-        if (timestamp := _TIMESTAMP.search(text)) is not None:
-            return start if timestamp.start() == 0 else start + 1
-    raise FrameSpanError(
+    for count in range(1, min(_MAX_TIMESTAMP_TOKENS, end) + 1):
+        text = tokenizer.decode(list(ids[end - count : end]), skip_special_tokens=False)
+        if (timestamp := re.search(rf"{_TIMESTAMP}\Z", text)) is not None:
+            return count if timestamp.start() == 0 else count - 1
+    raise ValueError(
         f"first step of a video: expected a timestamp, '<0.2 seconds>' say, before position {end}, "
         f"got {text!r}"
     )
-
-
-def _text(prompt: Prompt, start: int, end: int) -> str:
-    """The text of some tokens, with a replacement character for what is no text."""
-    ids = [int(i) for i in prompt.ids[start:end]]
-    if any(i >= _FIRST_PLACEHOLDER for i in ids):  # the tokenizer would skip it
-        return "\N{REPLACEMENT CHARACTER}"
-    text: str = prompt.tokenizer.decode(ids, skip_special_tokens=False)
-    return text

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pevlm_sglang.families.llava_video import spans as llava_video
-
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -30,13 +28,11 @@ def load_processor(
 
     model = resolve_runai_obj_uri(kwargs.get("model_name") or tokenizer_name)
     revision = kwargs.get("revision")
-    config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-    if not any(name in llava_video.ARCHITECTURES for name in config.get("architectures") or ()):
-        return get_processor(tokenizer_name, *args, **kwargs)
     if kwargs.get("image_processor_backend") in (None, "auto"):
         kwargs["image_processor_backend"] = "pil"
     if any(_has_file(tokenizer_name, name, revision) for name in _FILES):
         return get_processor(tokenizer_name, *args, **kwargs)
+    config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     return _assemble(tokenizer_name, config["mm_vision_tower"], kwargs)
 
 

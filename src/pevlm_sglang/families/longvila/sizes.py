@@ -1,0 +1,69 @@
+"""Sampled frames and tokens of a video in LongVILA: the tokens of a frame, and a newline.
+
+Source: ``llava/utils/media.py`` and ``llava/mm_utils.py`` of github.com/NVlabs/VILA;
+``processor.py`` beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pevlm_sglang.families.frame_counts import SETTINGS, WISHES, FrameGeometry, FrameSettings
+from pevlm_sglang.families.sizes import read_json
+
+__all__ = ["PUBLISHED", "SETTINGS", "WISHES", "of_checkpoint"]
+
+DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
+
+DOWNSAMPLE = {
+    "mlp_downsample": 2,
+    "mlp_downsample_fix": 2,  # the name in longvila/train/5_long_sft_256frames.sh
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+}
+"""Projector type → patches a side that become one token."""
+
+
+def frames_at_rate(total: int, video_fps: float, fps: float, most: int) -> int:
+    """How many frames of a video are sampled at a rate: two at least, and no more than it has."""
+    return min(max(int(total / video_fps * fps), 2), most, total)
+
+
+@dataclass(frozen=True)
+class LongVilaGeometry(FrameGeometry):
+    """See the base."""
+
+    num_frames: int = DEFAULT_NUM_FRAMES
+    context_length: int | None = 131_072
+    model_type: str = "llava_llama"
+
+    def sampled(self, total_frames: int, fps: float, settings: FrameSettings) -> int:
+        if settings.fps is None:
+            return settings.num_frames
+        return frames_at_rate(total_frames, fps, settings.fps, settings.num_frames)
+
+
+PUBLISHED = {"longvila": LongVilaGeometry()}
+"""LongVILA-7B-256f's files were not at hand: its frames of 448 pixels are those of its training
+script (longvila/train/5_long_sft_256frames.sh) and fit the PEVLM paper's "approximately 4k tokens"
+for 16 of them; its context is what 256 frames need, to a power of two."""
+
+
+def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LongVilaGeometry:
+    """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
+    vision = read_json(directory / "vision_tower" / "config.json")
+    projector = str(read_json(directory / "mm_projector" / "config.json")["mm_projector_type"])
+    if projector not in DOWNSAMPLE:
+        raise ValueError(
+            f"mm_projector_type: expected one of {', '.join(DOWNSAMPLE)}, got {projector}"
+        )
+    return LongVilaGeometry(
+        image_size=int(vision["image_size"]),
+        patch_size=int(vision["patch_size"]),
+        merge_size=DOWNSAMPLE[projector],
+        num_frames=int(config.get("num_video_frames") or DEFAULT_NUM_FRAMES),
+        context_length=read_json(directory / "llm" / "config.json").get("max_position_embeddings"),
+    )

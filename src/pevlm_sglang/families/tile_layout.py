@@ -1,0 +1,27 @@
+"""How a picture is cut in tiles, in families that cut it: InternVL's rule, and VILA's."""
+
+from __future__ import annotations
+
+
+def tile_layout(
+    width: int, height: int, size: int, most: int, *, least: int = 1
+) -> tuple[int, int]:
+    """Columns and rows of the tiles of a picture: the ratio closest to its own; of equally close
+    ones the largest of which the picture fills more than half.
+
+    Args:
+        width, height: of the picture.
+        size: pixels a side of a tile.
+        most, least: tiles.
+    """
+    layouts = sorted(
+        {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most},
+        key=lambda layout: layout[0] * layout[1],
+    )
+    best, closest = (1, 1), float("inf")
+    for columns, rows in layouts:
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * size * size * columns * rows
+        if distance < closest or (distance == closest and fills):
+            best, closest = (columns, rows), distance
+    return best

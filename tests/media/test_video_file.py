@@ -1,0 +1,61 @@
+"""What a broken video file costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
+
+
+@pytest.mark.parametrize("rate", [None, 0, float("nan"), float("inf"), -1.0])
+def test_file_without_a_rate_is_refused(rate: Any) -> None:
+    with pytest.raises(ValueError, match="video: expected a frame rate, got"):
+        length_and_rate(Video(3, rate))
+
+
+def test_file_without_frames_is_refused() -> None:
+    with pytest.raises(ValueError, match="video: expected at least one frame, got none"):
+        length_and_rate(Video(0, 25.0))
+
+
+def test_length_and_rate() -> None:
+    assert length_and_rate(Video(70, 25)) == (70, 25.0)
+
+
+def test_frames_come_in_parts_and_in_order() -> None:
+    video = Video(100, 25.0)
+    indices = [*range(0, 100, 2)]
+    assert [int(frame[0, 0, 0]) for frame in frames_of(video, indices)] == indices
+    assert video.largest == 32
+
+
+def test_stream_that_breaks_off_is_refused() -> None:
+    with pytest.raises(ValueError, match="video: could not be decoded: no more packets"):
+        list(frames_of(Video(100, 25.0, broken_at=40), range(100)))
+
+
+def test_lack_of_memory_is_nobody_s_mistake() -> None:
+    with pytest.raises(torch.OutOfMemoryError), decoding():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Video:
+    """The part of SGLang's ``VideoDecoderWrapper`` that is read."""
+
+    def __init__(self, frames: int, rate: Any, broken_at: int | None = None) -> None:
+        self.frames, self.avg_fps, self.broken_at = frames, rate, broken_at
+        self.largest = 0
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def get_frames_at(self, indices: list[int]) -> Iterator[np.ndarray]:
+        self.largest = max(self.largest, len(indices))
+        if self.broken_at is not None and max(indices) >= self.broken_at:
+            raise RuntimeError("no more packets")
+        return iter([np.full((2, 2, 3), i, np.uint8) for i in indices])
