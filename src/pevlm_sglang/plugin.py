@@ -70,6 +70,16 @@ _HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _Hook(
         "_after_get_internal_state", ("recv_req",)
     ),
+    "sglang.srt.managers.scheduler.Scheduler.flush_cache": _Hook("_after_state_is_outdated"),
+    **{
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        f".{name}": _Hook("_after_state_is_outdated", ("recv_req",))
+        for name in (
+            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            "release_memory_occupation",
+        )
+    },
     _CONTROLLER: _Hook("_after_controller_init_info"),
     "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": _Hook(
         "_after_wait_for_scheduler_ready", ("scheduler_pipe_readers", "scheduler_procs")
@@ -364,6 +374,12 @@ def _before_add_request_to_queue(
         serving.holder.release(req.multimodal_inputs)
         if not is_retracted:
             requests.on_queued(req, serving.rule)
+
+
+def _after_state_is_outdated(_result: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang flushes keys and values, and keeps the embeddings of the tower's old weights."""
+    if (serving := _Process.serving) is not None:
+        serving.holder.forget()
 
 
 # --- Seen from outside -----------------------------------------------------------------------

@@ -32,6 +32,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", CASES)
 def test_base_backend(base: str) -> None:
     """All cases ran, none skipped, to fp32 rounding."""

@@ -204,6 +204,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sizes are a CPU's")
 def test_scripts_run(tmp_path: Path) -> None:
     attention, llm = tmp_path / "attention.json", tmp_path / "llm.json"

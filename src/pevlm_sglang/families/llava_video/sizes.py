@@ -102,15 +102,15 @@ def sampled_frames(
 
     Source: ``load_video``, with ``force_sample`` where ``fps`` is None.
     """
-    import numpy as np
-
     if fps is not None:
         # The reference has no answer to an fps of more than twice the video's own; it is all here.
         indices = list(range(0, total_frames, max(1, round(video_fps / fps))))
         if len(indices) <= frames:
             return indices
-    even: list[int] = np.linspace(0, total_frames - 1, frames, dtype=int).tolist()
-    return even
+    if frames == 1:
+        return [0]
+    last = total_frames - 1  # np.linspace(0, last, frames, dtype=int), rounding included
+    return [math.floor(i * (last / (frames - 1))) for i in range(frames - 1)] + [last]
 
 
 @dataclass(frozen=True)
