@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "trtllm_mha", "triton", "torch_native")
-PREFILL_KERNELS = (
-    *("auto", "base", "flash", "flash_merged", "flash_paged"),
-    *("flashinfer", "triton", "sdpa"),
-)
+PREFILL_KERNELS = ("auto", "base", "flash", "triton", "sdpa")
 """``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
 MAX_FRAMES = 1_000_000
