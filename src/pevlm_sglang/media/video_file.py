@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
 
 _AT_ONCE = 32  # frames of full size in memory
+_DECODERS = ("torchcodec", "decord")  # the two that SGLang takes
+_SERVERS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def length_and_rate(video: Any) -> tuple[int, float]:
@@ -31,14 +34,21 @@ def decoding() -> Iterator[None]:
     """A block that decodes frames.
 
     Raises:
-        ValueError: a stream that breaks off, for which torchcodec has a ``RuntimeError``.
+        ValueError: a stream that breaks off, for which the decoder has a ``RuntimeError``. Others,
+            the GPU's for instance, are the server's and not the client's, and pass.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, _SERVERS) or not _is_raised_by(_DECODERS, error):
+            raise
         raise ValueError(f"video: could not be decoded: {error}") from error
+
+
+def _is_raised_by(packages: Sequence[str], error: BaseException) -> bool:
+    """Whether an error came through one of these packages."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return any(name.split(".")[0] in packages for name in names)
 
 
 def frames_of(video: Any, indices: Sequence[int]) -> Iterator[Any]:
