@@ -68,7 +68,7 @@ def test_no_circle() -> None:
 
 
 SHELVES = {f"pevlm_sglang.families.{name}" for name in ("spans", "sizes", "family")}
-SHELVES |= {f"pevlm_sglang.families.{name}" for name in ("frame_counts", "tile_layout")}
+SHELVES |= {f"pevlm_sglang.families.{name}" for name in ("frame_counts", "tile_layout", "processor")}
 COMMON = {"pevlm_sglang.layout", "pevlm_sglang.errors"}
 FAMILIES = sorted(
     name for name, path in MODULES.items()
