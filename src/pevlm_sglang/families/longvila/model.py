@@ -23,16 +23,12 @@ from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.siglip import SiglipVisionModel
 from sglang.srt.utils import add_prefix
 from torch import nn
+from transformers.activations import get_activation
 
 from pevlm_sglang.families.longvila.checkpoint import ARCHITECTURE, WEIGHT_FILES, VilaConfig
 
 FRAMES_PER_FORWARD = 64
 """Frames that the tower takes at once: its activations stay small beside the model."""
-
-_TOWER_ACTIVATIONS = {
-    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
-    "gelu": nn.GELU,
-}
 
 
 class Downsample(nn.Module):
@@ -55,25 +51,17 @@ class Downsample(nn.Module):
         return x.reshape(frames, side * side, rate * rate * channels)
 
 
-class Projector(nn.Module):
-    """``mm_projector/``; the indices of ``layers`` are those of the published weights."""
-
-    def __init__(self, config: VilaConfig) -> None:
-        super().__init__()
-        channels, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-        rate = config.geometry.merge_size
-        wide = rate * rate * channels
-        layers: list[nn.Module] = [Downsample(rate), nn.LayerNorm(wide)]
-        if rate == 3:
-            middle = 3 * channels
-            layers += [nn.Linear(wide, middle), nn.GELU(), nn.LayerNorm(middle)]
-            wide = middle
-        layers += [nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.layers(x)
-        return projected
+def _projector(config: VilaConfig) -> nn.Sequential:
+    """The layers of ``mm_projector/``; their indices are those of the published weights."""
+    channels, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    rate = config.geometry.merge_size
+    wide = rate * rate * channels
+    layers: list[nn.Module] = [Downsample(rate), nn.LayerNorm(wide)]
+    if rate == 3:
+        middle = 3 * channels
+        layers += [nn.Linear(wide, middle), nn.GELU(), nn.LayerNorm(middle)]
+        wide = middle
+    return nn.Sequential(*layers, nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
 class LlavaLlamaModel(NVILAForConditionalGeneration):
@@ -90,7 +78,7 @@ class LlavaLlamaModel(NVILAForConditionalGeneration):
         nn.Module.__init__(self)  # NVILA's projector and tower are others
         self.config = config
         self.vision_tower = _tower(config, add_prefix("vision_tower", prefix))
-        self.mm_projector = Projector(config)
+        self.mm_projector = nn.ModuleDict({"layers": _projector(config)})
         self.llm = Qwen2ForCausalLM(
             config.text_config, quant_config=quant_config, prefix=add_prefix("llm", prefix)
         )
@@ -102,14 +90,15 @@ class LlavaLlamaModel(NVILAForConditionalGeneration):
     @torch.no_grad()
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
         """``[frames × tokens_per_frame, hidden]`` features of images and of videos' frames."""
-        weight = self.mm_projector.layers[1].weight
+        projector = self.mm_projector["layers"]
+        weight = next(projector.parameters())
         features = []
         for item in items:
             for frames in torch.as_tensor(item.feature).split(FRAMES_PER_FORWARD):
                 frames = frames.to(device=weight.device, dtype=weight.dtype)
                 vision = self.vision_tower.vision_model
                 hidden = vision.encoder(vision.embeddings(frames))
-                features.append(self.mm_projector(hidden).flatten(0, 1))
+                features.append(projector(hidden).flatten(0, 1))
         return torch.cat(features)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -166,6 +155,6 @@ def _tower(config: VilaConfig, prefix: str) -> SiglipVisionModel:
     return SiglipVisionModel(
         vision_config,
         prefix=prefix,
-        act_layer=_TOWER_ACTIVATIONS[vision_config.hidden_act],
+        act_layer=partial(get_activation, vision_config.hidden_act),
         flatten_batch=False,  # each frame attends to itself alone
     )
