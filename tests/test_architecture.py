@@ -67,8 +67,8 @@ def test_no_circle() -> None:
         visit(name, ())
 
 
-SHELVES = {f"pevlm_sglang.families.{name}" for name in ("spans", "sizes", "family")}
-SHELVES |= {f"pevlm_sglang.families.{name}" for name in ("frame_counts", "tile_layout", "processor")}
+_SHELVES = ("spans", "sizes", "family", "frame_counts", "tile_layout", "processor")
+SHELVES = {f"pevlm_sglang.families.{name}" for name in _SHELVES}
 COMMON = {"pevlm_sglang.layout", "pevlm_sglang.errors"}
 MEDIA = {name for name in MODULES if name.startswith("pevlm_sglang.media.")}
 FAMILIES = sorted(
