@@ -1,5 +1,6 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
-# make test   format, lint, types and tests
+# make check  format, lint, types and the unit tests that are quick: the inner loop
+# make test   format, lint, types and all tests
 # make docs   the pages in docs/ as a site
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
 # make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install test docs lint demo bench accuracy clean
+.PHONY: install check test docs lint demo bench accuracy clean
 
 install: $(INSTALLED)
 
@@ -23,6 +24,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# One thread a process: the processes are as many as the cores.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal \
+		-m "not server and not slow" --hypothesis-profile fast $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)

@@ -79,9 +79,8 @@ rehearse)
 esac
 bench="$python benchmarks"
 
-# These cover every implementation; FlashInfer may have to compile for minutes, so its own come last.
-step "tests of packed sequences" 60 "$python" -m pytest -q -m gpu -k "not flashinfer" \
-  tests/kernel/test_packed.py
+# These cover every implementation.
+step "tests of packed sequences" 60 "$python" -m pytest -q -m gpu tests/kernel/test_packed.py
 step "one attention layer" 185 $bench/bench_attention.py "${attention[@]}" \
   --output "$to/attention-$name.json"
 step "a language model, Hugging Face" 70 $bench/bench_llm_prefill.py "${huggingface[@]}" \
@@ -100,8 +99,6 @@ for result in "$to"/*-"$name".json; do
 done
 step "figures" 20 "$python" benchmarks/plot.py "${results[@]}" --to "$to"
 in_all=$((in_all - 20))
-step "tests of batches" 300 "$python" -m pytest -q -m gpu -k "not flashinfer" tests/kernel/test_implementations.py
-step "tests of FlashInfer's adapter" 300 "$python" -m pytest -q -m gpu -k "flashinfer" \
-  tests/kernel/test_packed.py tests/kernel/test_implementations.py
+step "tests of batches" 300 "$python" -m pytest -q -m gpu tests/kernel/test_implementations.py
 echo "== $SECONDS s in all, status $failed"
 exit $failed

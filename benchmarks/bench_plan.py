@@ -14,12 +14,14 @@ of slots, a few kernels on a GPU, is most of it.
   whatever the device, and more, since that device's operators are slow to call. ``keys`` are those
   of all virtual sequences, the slots that are gathered.
 - ``derived``: what a kernel adds to a plan in its first layer.
+- ``mixed``: what ``flash`` copies a layer of Qwen2.5-VL-7B for a chunk of 8192 tokens of a video
+  beside 63 decode rows at 100k tokens; by the lengths, nothing is run.
 - ``layout``: once a request, when it arrives.
 - ``share``: the plan of one chunk beside the prefill that it is for, a Qwen2 decoder with random
   weights on Hugging Face's path under PEVLM (benchmarks/bench_llm_prefill.py), both measured at the
   same length: on a GPU at 100k tokens, on a CPU with a tiny model at fewer.
 - ``text``: four text requests of 32 tokens on SGLang's real backend classes, before and after PEVLM
-  is put on: the difference of ``init_forward_metadata``, and for each layer that of the call of
+  is attached: the difference of ``init_forward_metadata``, and for each layer that of the call of
   ``forward_extend``; their sum beside the same decoder's forward on those 128 tokens. Without a GPU
   only those bases run whose metadata needs none; what PEVLM adds is the same code on all of them.
 
@@ -37,8 +39,13 @@ Sample output, on two cores that others were using too:
     small frames            2     2    779  100000        1    349280      1.02    4.82    19.15
     small frames            2     2    779    8192       13    352352      0.99   25.58    29.15
     derived for triton: at most 0.16 ms
-    derived for fa3 base, flash_paged: at most 398.27 ms
-    derived for flash_merged: at most 2.67 ms
+    derived for fa3 base: at most 398.27 ms
+    derived for flash: at most 2.22 ms
+
+    mixed      calls    gathered   copied MB  scratch MB  table MB   all rows MB
+    no pages      63     6321456     12946.3       248.7       0.0       12946.3
+    paged          2       21456        43.9        43.9      25.2       12946.3
+
     share at 8192 tokens, tiny: plan 0.56 ms, prefill 2518 ms, 0.022%
     text on          init us  with pevlm    added us  forward ms    share
     torch_native         0.1        10.7        11.2       28.13   0.040%
@@ -69,15 +76,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from workload import MODELS, QUESTION_TOKENS, SYSTEM_TOKENS, TOKENS_PER_FRAME, Prompt
 
 from pevlm_kernels import PrefillPlan
-from pevlm_kernels.flash_merged import _own_parts, _shared_parts
-from pevlm_kernels.flash_paged import token_table
+from pevlm_kernels.flash_calls import calls_of, room_for, token_table
 from pevlm_sglang import huggingface
 from pevlm_sglang.attention.backend import PevlmBackend
+from pevlm_sglang.attention.plan import build_plan, virtual_sequences
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import Observer, RequestLayout
 
-LENGTH, CHUNK = 100_000, 8_192
+LENGTH, CHUNK, DECODE_ROWS = 100_000, 8_192, 63
 CPU_SHARE_LENGTH, CPU_TOKENS_PER_FRAME = 8_192, 16
 TEXT_REQUESTS, TEXT_TOKENS = 4, 32
 CPU_BASES = ("torch_native", "fa3", "fa4")  # the others write their metadata with Triton kernels
@@ -208,10 +215,60 @@ def derived(plan: PrefillPlan, device: torch.device) -> dict[str, float]:
 
     makers: dict[str, Callable[[], Any]] = {
         "triton": partial(plan.tiles, 128),
-        "fa3 base, flash_paged": partial(token_table, plan),
-        "flash_merged": lambda: (_own_parts(plan, len(plan.kv_indices)), _shared_parts(plan)),
+        "fa3 base": lambda: token_table(plan.kv_indices, plan.cu_seqlens_k, plan.seqlens_k),
+        "flash": lambda: calls_of(plan, room_for(*heads(plan.total_q), paged=True)),
     }
     return {name: seconds(partial(fresh, make), device) * 1e3 for name, make in makers.items()}
+
+
+def heads(total_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and a cache of the paper's model, without their numbers."""
+    shape = MODELS["Qwen2.5-VL-7B"]
+    q, cache = (
+        torch.empty(tokens, number, shape.head_dim, dtype=torch.bfloat16, device="meta")
+        for tokens, number in ((total_q, shape.num_q_heads), (0, shape.num_kv_heads))
+    )
+    return q, cache
+
+
+def mixed_rows() -> list[dict[str, Any]]:
+    """What ``flash`` copies a layer of one forward of a chunk of a video and decode rows; by the
+    lengths alone, nothing is run.
+
+    ``paged`` is FlashAttention-3, or 4 on data-centre Blackwell; the other copies every key, in
+    bounded room. ``unbounded_bytes`` is to copy all of them at once.
+    """
+    layout = CASES[0].layout(LENGTH)
+    layouts = [layout, *[Layout()] * DECODE_ROWS]
+    prefix = [LENGTH // 2, *[LENGTH - 1] * DECODE_ROWS]
+    sequences = virtual_sequences(layouts, prefix, [CHUNK, *[1] * DECODE_ROWS])
+    device = torch.device("meta")
+    table = torch.empty(len(layouts), LENGTH, dtype=torch.int32, device=device)
+    plan = build_plan(sequences, table, torch.arange(len(layouts), device=device))
+    q, cache = heads(plan.total_q)
+    of_key = 2 * cache.shape[1] * cache.shape[2] * q.element_size()
+    rows = []
+    for paged in (False, True):
+        calls = calls_of(plan, room_for(q, cache, paged=paged))
+        gathered = [len(call.slots) for call in calls if call.table is None]
+        tables = [call.table.nbytes for call in calls if call.table is not None]
+        row: dict[str, Any] = {"paged": paged, "keys": len(plan.kv_indices), "calls": len(calls)}
+        row |= {"gathered_keys": sum(gathered), "copied_bytes": sum(gathered) * of_key}
+        row |= {"scratch_bytes": max(gathered) * of_key, "table_bytes": sum(tables)}
+        row["unbounded_bytes"] = len(plan.kv_indices) * of_key
+        rows.append(row)
+        print(
+            f"{'paged' if paged else 'no pages':10}{row['calls']:>6}{row['gathered_keys']:>12}"
+            f"{row['copied_bytes'] / 1e6:>12.1f}{row['scratch_bytes'] / 1e6:>12.1f}"
+            f"{row['table_bytes'] / 1e6:>10.1f}{row['unbounded_bytes'] / 1e6:>14.1f}"
+        )
+    return rows
+
+
+MIXED_HEADER = (
+    f"{'mixed':10}{'calls':>6}{'gathered':>12}{'copied MB':>12}{'scratch MB':>12}{'table MB':>10}"
+    f"{'all rows MB':>14}"
+)
 
 
 PLAN_HEADER = (
@@ -309,8 +366,8 @@ def init_seconds(base: str, device: torch.device, observer: Observer) -> tuple[f
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from sglang.test.kits.attention_unittest.attention_methods import dense_attention as kit
 
-    from pevlm_sglang.attention.bases import put_on
-    from pevlm_sglang.settings.refusals import attention_layers
+    from pevlm_sglang.attention.bases import attach
+    from pevlm_sglang.attention.kernel_choice import attention_layers
     from support import emulated_kernels
 
     if device.type == "cpu":
@@ -336,7 +393,7 @@ def init_seconds(base: str, device: torch.device, observer: Observer) -> tuple[f
         fixture.backend.is_multimodal = True  # the kit's model is text
     layers = attention_layers(pair[1].actual_module)
     kernel = "sdpa" if device.type == "cpu" else "auto"
-    put_on(pair[1].backend, observer, layers=layers, dtype=dtype, kernel=kernel)
+    attach(pair[1].backend, observer, layers=layers, dtype=dtype, kernel=kernel)
     best = [float("inf")] * 2
     for _ in range(30):  # in turns, so that a busy moment of the machine meets both
         for i, fixture in enumerate(pair):
@@ -363,6 +420,9 @@ def main() -> None:
     for name in plans[0]["derived_ms"]:
         most = max(row["derived_ms"][name] for row in plans if "derived_ms" in row)
         print(f"derived for {name}: at most {most:.2f} ms")
+    print("\n" + MIXED_HEADER)
+    mixed = mixed_rows()
+    print()
     transformers.logging.set_verbosity_error()
     huggingface.register()
     model = make_model(MODELS[options.model], device, dtype)
@@ -377,6 +437,7 @@ def main() -> None:
         "card": about,
         "limit": LIMIT,
         "plans": plans,
+        "mixed": mixed,
         "share": share,
         "text": text,
     }

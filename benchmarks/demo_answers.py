@@ -48,19 +48,18 @@ def run(work: Path, *, video: int, port: int | None) -> dict[str, Any]:
     print("starting the server of the small trained model (about a minute) ...", flush=True)
     vocabulary = vocabulary_of(MODEL)
     rows: list[dict[str, Any]] = []
-    with serving(MODEL, work / "answers.log", port, *SERVER_FLAGS) as (server, client):
+    with serving(MODEL, work / "answers.log", port, *SERVER_FLAGS) as client:
 
         def both(question: str) -> tuple[Answer, Answer]:
             full, pevlm = (
-                ask(server, client, url, question, vocabulary=vocabulary, pevlm=on)
-                for on in (False, True)
+                ask(client, url, question, vocabulary=vocabulary, pevlm=on) for on in (False, True)
             )
             check(pevlm, full)
             return full, pevlm
 
         both(clip.questions[0].text)  # the first requests take longer
         tokens = 0
-        blocks = num_blocks(server, clip.frames)
+        blocks = num_blocks(client, clip.frames)
         print(f"\n{'question':34}{'right answer':14}{'full attention':>22}{'PEVLM':>22}")
         for question in clip.questions:
             full, pevlm = both(question.text)

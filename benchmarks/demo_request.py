@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import openai
-from openai_api import about, connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # `support` lives there
 
+from pevlm_sglang.tune.client import Client, Work, about
 from support.server import Server
 
 MAX_TOKENS = 4
@@ -31,7 +28,7 @@ class Answer:
         ttft: seconds from sending the request to its first token.
         prompt_tokens: of the expanded prompt.
         logprobs: of the first answer token, by the bytes of the token.
-        pairs_computed, pairs_saved: what the request added to the server's counters.
+        work: what the request added to the server's counters.
     """
 
     text: str
@@ -39,19 +36,12 @@ class Answer:
     ttft: float
     prompt_tokens: int
     logprobs: dict[bytes, float]
-    pairs_computed: int
-    pairs_saved: int
-
-    @property
-    def visible_fraction(self) -> float:
-        return self.pairs_computed / (self.pairs_computed + self.pairs_saved)
+    work: Work
 
 
 @contextmanager
-def serving(
-    model: Path, log: Path, port: int | None, *flags: str
-) -> Iterator[tuple[Server, openai.OpenAI]]:
-    """A server with PEVLM, and a client of its OpenAI API. It prefills in one chunk and encodes
+def serving(model: Path, log: Path, port: int | None, *flags: str) -> Iterator[Client]:
+    """A client of a server with PEVLM, which prefills in one chunk and encodes
     every video anew; see ``demo_speed.py`` for why.
 
     Args:
@@ -62,32 +52,21 @@ def serving(
     fixed = ("--attention-backend", "pevlm", "--chunked-prefill-size", "-1")
     env = {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
     with Server(model, *fixed, *flags, env=env, log_path=log, port=port) as server:
-        yield server, connect(server.url)
+        yield Client(server.url)
 
 
-def ask(
-    server: Server,
-    client: openai.OpenAI,
-    video: str,
-    question: str,
-    *,
-    vocabulary: int,
-    pevlm: bool,
-) -> Answer:
+def ask(client: Client, video: str, question: str, *, vocabulary: int, pevlm: bool) -> Answer:
     """One streamed, greedy request on empty caches.
 
     Args:
-        client: of the server's OpenAI API.
         video: as a ``data:`` URL.
         vocabulary: the model's number of tokens, for the log-probs of all.
         pevlm: False asks for full attention.
     """
-    flushed = server.post("/flush_cache?timeout=10")
-    if flushed.status_code != 200:
-        sys.exit(f"demo: /flush_cache: expected HTTP 200, got {flushed.status_code}")
-    before = counters(server)
+    client.flush()
+    before = client.counters()
     start = time.perf_counter()
-    stream = client.chat.completions.create(
+    stream = client.api.chat.completions.create(
         model="tiny",
         messages=about({"url": video}, question),
         max_tokens=MAX_TOKENS,
@@ -113,48 +92,32 @@ def ask(
                 logprobs = {bytes(token.bytes): token.logprob for token in tokens if token.bytes}
     if not logprobs or not prompt_tokens:
         sys.exit("demo: expected a streamed answer with log-probs and usage, got none")
-    after = counters(server)
-    return Answer(
-        text,
-        ended,
-        ttft,
-        prompt_tokens,
-        logprobs,
-        after["pairs_computed"] - before["pairs_computed"],
-        after["pairs_saved"] - before["pairs_saved"],
-    )
+    return Answer(text, ended, ttft, prompt_tokens, logprobs, client.counters().since(before))
 
 
 def check(pevlm: Answer, full: Answer) -> None:
     """End with an error unless each ran what it was asked to run, on empty caches."""
-    if not pevlm.pairs_saved:
+    if not pevlm.work.pairs_saved:
         sys.exit(
             "demo: PEVLM was not active: expected saved attention pairs in /server_info, got 0; "
             "see the reasons under dense_tokens there, and the server's log"
         )
-    if full.pairs_saved:
+    if full.work.pairs_saved:
         sys.exit(
             "demo: the baseline was not full attention: expected no saved attention pairs, "
-            f"got {full.pairs_saved}"
+            f"got {full.work.pairs_saved}"
         )
     for answer in (pevlm, full):
-        pairs = answer.prompt_tokens * (answer.prompt_tokens + 1) // 2
-        if answer.pairs_computed + answer.pairs_saved != pairs:
+        if not answer.work.is_whole_prompt(answer.prompt_tokens):
             sys.exit(
-                f"demo: expected a prefill of the whole prompt, {pairs} attention pairs, got "
-                f"{answer.pairs_computed + answer.pairs_saved}; a cache served part of it"
+                f"demo: expected a prefill of the whole prompt, {answer.prompt_tokens} tokens, got "
+                f"{answer.work}; a cache served part of it"
             )
 
 
-def counters(server: Server) -> dict[str, Any]:
-    """PEVLM's totals in the scheduler."""
-    totals: dict[str, Any] = server.info()["internal_states"][0]["pevlm"]
-    return totals
-
-
-def num_blocks(server: Server, sampled_frames: int) -> int:
+def num_blocks(client: Client, sampled_frames: int) -> int:
     """Context blocks of a video, by the server's own configuration."""
-    config = server.info()["pevlm"]
+    config = client.config()
     frames_per_step = config["frames_per_step"]
     sink, block = (-(-config[name] // frames_per_step) for name in ("sink_frames", "block_frames"))
     steps = sampled_frames // frames_per_step

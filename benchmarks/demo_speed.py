@@ -75,12 +75,12 @@ def run(work: Path, *, repeats: int, port: int | None) -> dict[str, Any]:
     )
     print("starting the server of the ten-layer model ...", flush=True)
     runs: dict[bool, list[Answer]] = {True: [], False: []}
-    with serving(model, work / "speed.log", port) as (server, client):
+    with serving(model, work / "speed.log", port) as client:
         for pevlm in runs:
-            ask(server, client, short, QUESTION, vocabulary=vocabulary, pevlm=pevlm)
+            ask(client, short, QUESTION, vocabulary=vocabulary, pevlm=pevlm)
         for repeat in range(repeats):
             for pevlm, answers in runs.items():
-                answer = ask(server, client, video, QUESTION, vocabulary=vocabulary, pevlm=pevlm)
+                answer = ask(client, video, QUESTION, vocabulary=vocabulary, pevlm=pevlm)
                 answers.append(answer)
             check(runs[True][-1], runs[False][-1])
             print(
@@ -88,7 +88,7 @@ def run(work: Path, *, repeats: int, port: int | None) -> dict[str, Any]:
                 f"PEVLM {runs[True][-1].ttft:.2f} s",
                 flush=True,
             )
-        blocks = num_blocks(server, int(VIDEO_SECONDS * SAMPLED_FPS))
+        blocks = num_blocks(client, int(VIDEO_SECONDS * SAMPLED_FPS))
     return report(runs, blocks)
 
 
@@ -107,8 +107,8 @@ def report(runs: dict[bool, list[Answer]], blocks: int) -> dict[str, Any]:
     print(f"prompt: {pevlm.prompt_tokens} tokens, {blocks} context blocks\n")
     print(f"{'':16}{'visible_fraction':>17}{'time to first token':>21}")
     for name, kind, fraction in (
-        ("full attention", False, full.visible_fraction),
-        ("PEVLM", True, pevlm.visible_fraction),
+        ("full attention", False, full.work.visible_fraction),
+        ("PEVLM", True, pevlm.work.visible_fraction),
     ):
         print(f"{name:16}{fraction:>17.3f}{ttft[kind]:>19.2f} s")
     print(f"\nspeed-up in time to first token: {speedup:.2f}x")
@@ -116,7 +116,7 @@ def report(runs: dict[bool, list[Answer]], blocks: int) -> dict[str, Any]:
     return {
         "prompt_tokens": pevlm.prompt_tokens,
         "blocks": blocks,
-        "visible_fraction": round(pevlm.visible_fraction, 4),
+        "visible_fraction": round(pevlm.work.visible_fraction, 4),
         "ttft_full_s": round(ttft[False], 3),
         "ttft_pevlm_s": round(ttft[True], 3),
         "speedup_ttft": round(speedup, 3),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,10 +22,6 @@ from pevlm_kernels.choice import refusal
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Prompt], torch.Tensor]
 
 
-VARIANTS = ("flash", "flash_merged")
-"""Of PEVLM on FlashAttention, which run on each of its releases; the others name theirs."""
-
-
 def dense_peers(device: torch.device) -> dict[str, Attention]:
     """Full causal attention, and nothing that copies or plans more than it needs; those that may
     have to compile something first come last."""
@@ -33,27 +31,25 @@ def dense_peers(device: torch.device) -> dict[str, Attention]:
         "torch cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
         "torch flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     }
-    # One sequence: no copy, no merge.
-    peers |= {f"flash-attention {n}": partial(_own, "flash_merged") for n in releases(device)}
+    peers |= {f"flash-attention {n}": _flash for n in releases(device)}
     peers |= {"own triton": partial(_own, "triton"), "sglang triton": _sglang_extend}
-    return peers | {"flashinfer": partial(_own, "flashinfer")}
+    return peers | {"flashinfer": _flashinfer}
 
 
 def sparse_peers(device: torch.device) -> dict[str, Attention]:
-    """The same mask: PEVLM's implementations, FlexAttention, SGLang's kernel."""
+    """The same mask: PEVLM's implementations, SGLang's kernel, FlashInfer, FlexAttention."""
     if device.type == "cpu":
         return {"pevlm sdpa": partial(_own, "sdpa")}
     peers: dict[str, Attention] = {}
     for name in IMPLEMENTATIONS:
-        if name in VARIANTS:
+        if name == "flash":  # on each of its releases
             numbered = (f"pevlm {name} {n}" for n in releases(device))
             peers |= dict.fromkeys(numbered, partial(_own, name))
         elif name != "reference":
             peers[f"pevlm {name}"] = partial(_own, name)
-    own_last = peers.pop("pevlm flashinfer")
     return peers | {
         "sglang triton": _sglang_extend,
-        "pevlm flashinfer": own_last,
+        "flashinfer": _flashinfer,
         "flex attention": _flex,
     }
 
@@ -73,7 +69,9 @@ def release_of(name: str) -> AbstractContextManager[None]:
 def missing(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why one of them cannot run here, as far as that is known beforehand."""
     words = name.split()
-    own = {"own": "triton", "flash-attention": "flash", "flashinfer": "flashinfer"}
+    if name == "flashinfer" and find_spec(name) is None:
+        return "not installed: pip install flashinfer-python"
+    own = {"own": "triton", "flash-attention": "flash"}
     impl = words[1] if words[0] == "pevlm" else own.get(words[0])
     with release_of(name):
         return refusal(impl, q, k, v) if impl else None
@@ -108,6 +106,50 @@ def _sdpa(
         return attention()[0].transpose(0, 1)
     with sdpa_kernel(backend):
         return attention()[0].transpose(0, 1)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """FlashAttention on the tensors as they lie: no copy."""
+    assert not prompt.blocks, "dense"
+    plan = packed_plan(prompt.length, prompt.length, (), q.device)
+    library = flash.library_on(q.device)
+    out: torch.Tensor = import_module(library.module).flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=plan.cu_seqlens_q,
+        cu_seqlens_k=plan.cu_seqlens_k,
+        max_seqlen_q=prompt.length,
+        max_seqlen_k=prompt.length,
+        causal=True,
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """FlashInfer's paged wrapper on the same virtual sequences, in pages of one token; planned in
+    the first call."""
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    plan = packed_plan(prompt.length, prompt.sink_end, prompt.blocks, q.device)
+    heads = (q.shape[1], k.shape[1], q.shape[2])
+    if ("flashinfer", heads, q.dtype) not in plan.memo:
+        workspace = torch.empty(384 * 2**20, dtype=torch.uint8, device=q.device)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper.plan(
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.kv_indices.to(torch.int32),
+            torch.ones(plan.num_seqs, dtype=torch.int32, device=q.device),
+            *heads,
+            1,
+            causal=True,
+            q_data_type=q.dtype,
+            kv_data_type=k.dtype,
+        )
+        plan.memo["flashinfer", heads, q.dtype] = wrapper
+    out: torch.Tensor = plan.memo["flashinfer", heads, q.dtype].run(q, (k[:, None], v[:, None]))
+    return out
 
 
 def _sglang_extend(

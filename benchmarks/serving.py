@@ -29,13 +29,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import requests
 import stopwatch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # `support` lives there
 
+from pevlm_sglang.tune import client  # noqa: E402
 from support.exchange import BATCH_ENV, TOLERANCE, Exchange, about  # noqa: E402
 from support.families.qwen_vl import QwenVLOracle  # noqa: E402
 from support.oracle import Setting  # noqa: E402
@@ -174,69 +174,29 @@ def _gate(server: Server, model: Path, work: Path) -> str:
     return verdict
 
 
-class Client:
-    """Requests to a server, timed from sending to the first streamed token.
-
-    Attributes:
-        url: of the server.
-    """
+class Client(client.Client):
+    """Requests to a server, timed from sending to the first streamed token."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self._session = requests.Session()
-        self._session.trust_env = False  # a proxy of the environment is not for the loopback
-
-    def flush(self) -> None:
-        """Empty the prefix cache."""
-        self._session.post(f"{self.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
+        super().__init__(url, timeout=1800)
 
     def totals(self) -> dict[str, float]:
         """What the server counted so far: the stopwatch's seconds, ``vision``, ``pairs_saved``."""
-        response = self._session.get(f"{self.url}/server_info", timeout=60)
-        response.raise_for_status()
-        state = response.json()["internal_states"][0]
+        state = self.info()["internal_states"][0]
         pevlm: dict[str, Any] = state["pevlm"]
         found: dict[str, float] = dict(state[stopwatch.KEY])
         return found | {"vision": pevlm["vision_seconds"], "pairs_saved": pevlm["pairs_saved"]}
 
     def video(self, path: Path, *, pevlm: bool, max_frames: int | None = None) -> tuple[float, int]:
         """Seconds to the first token, and tokens of the prompt."""
-        source: dict[str, Any] = {"url": path.resolve().as_uri()}
-        if max_frames is not None:
-            source["max_frames"] = max_frames
-        content = [
-            {"type": "video_url", "video_url": source},
-            {"type": "text", "text": "What happens in the video?"},
-        ]
-        body: Any = {
-            "model": "default",
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": 2,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "custom_params": {"pevlm": {"enabled": pevlm}},
-        }
-        first, prompt_tokens = 0.0, 0
-        start = time.perf_counter()
-        # A session's connections are not for several threads.
-        response = requests.post(
-            f"{self.url}/v1/chat/completions", json=body, stream=True, timeout=1800
+        answer = self.ask(
+            path,
+            "What happens in the video?",
+            setting={"enabled": pevlm},
+            max_tokens=2,
+            sampling={"max_frames": max_frames} if max_frames else None,
         )
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(f"the server: {event['error']}")
-            # The first event of a chat holds the role alone.
-            delta = (event.get("choices") or [{}])[0].get("delta", {})
-            if not first and delta.get("content"):
-                first = time.perf_counter() - start
-            prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", prompt_tokens)
-        # Tokens that decode to no text are streamed with the last event.
-        return first or time.perf_counter() - start, prompt_tokens
+        return answer.ttft, answer.prompt_tokens
 
     def split(self, path: Path, *, pevlm: bool, max_frames: int | None = None) -> dict[str, float]:
         """One request on empty caches, in seconds: see ``PARTS``; and ``prompt_tokens``.

@@ -44,7 +44,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files, **_: A
             return match[0]
         path, _, anchor = link.partition("#")
         place = _place(page.file.src_uri, path)
-        if files.get_file_from_path(_uri(place)):
+        file = files.get_file_from_path(_uri(place))
+        if file is not None and file.inclusion.is_included():
             target = posixpath.relpath(_uri(place), posixpath.dirname(page.file.src_uri) or ".")
             return f"{mark}[{text}]({target}{'#' if anchor else ''}{anchor})"
         if not (ROOT / place).exists():

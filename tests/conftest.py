@@ -1,11 +1,13 @@
 """Settings of all tests."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 # No deadline: a first example that compiles or a busy machine is no failure. Every run draws new
-# examples; the blob in a failure's output replays it.
+# examples; the blob in a failure's output replays it. `fast` is for the inner loop, make check.
 settings.register_profile(
     "default",
     max_examples=200,
@@ -13,7 +15,8 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("default")
+settings.register_profile("fast", settings.get_profile("default"), max_examples=25)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,9 +44,9 @@ def packages_with(*modules: str) -> set[str]:
     ("modules", "forbidden"),
     [
         pytest.param(
-            ("pevlm_sglang.layout",),
+            ("pevlm_sglang", "pevlm_sglang.layout"),
             ("torch", "numpy", "sglang", "pevlm_kernels", "yaml"),
-            id="layout",
+            id="layout and public names",
         ),
         pytest.param(
             ("pevlm_sglang.settings.config",), ("torch", "sglang", "pevlm_kernels"), id="config"

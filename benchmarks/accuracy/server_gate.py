@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,8 +50,8 @@ from accuracy.dataset import EXAMPLE, Clip, make_clip
 from accuracy.edges import GROUPS, edge_clip
 from accuracy.questions import CHANCE, TASKS
 from machine import card, summary
-from openai_api import about, connect
 
+from pevlm_sglang.tune.client import Client, about
 from support.server import Server
 from support.video import video_data_url
 
@@ -130,7 +129,7 @@ def items(work: Path) -> list[Item]:
 
 
 def answers(
-    client: openai.OpenAI,
+    client: Client,
     asked: Sequence[Item],
     setting: Mapping[str, Any],
     *,
@@ -147,7 +146,7 @@ def answers(
         body["extra_key"] = namespace
 
     def right(item: Item) -> bool:
-        answer = client.chat.completions.create(
+        answer = client.api.chat.completions.create(
             model="small",
             messages=about({"url": item.url}, item.text),
             max_tokens=_MAX_TOKENS,
@@ -265,23 +264,7 @@ def _points(difference: Difference) -> str:
     return f"{100 * difference.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def pairs_saved(client: openai.OpenAI) -> int:
-    """The server's count of attention pairs that PEVLM skipped.
-
-    Raises:
-        RuntimeError: the server does not run PEVLM.
-    """
-    url = str(client.base_url).removesuffix("/v1/") + "/server_info"
-    state = client.get(url, cast_to=object)["internal_states"][0]  # type: ignore[index]
-    if "pevlm" not in state:
-        raise RuntimeError(
-            "/server_info: expected PEVLM's counters, got none; launch the server with "
-            "--attention-backend pevlm"
-        )
-    return int(state["pevlm"]["pairs_saved"])
-
-
-def run(client: openai.OpenAI) -> tuple[Comparison, list[str]]:
+def run(client: Client) -> tuple[Comparison, list[str]]:
     """The whole gate on one server.
 
     Returns:
@@ -291,15 +274,15 @@ def run(client: openai.OpenAI) -> tuple[Comparison, list[str]]:
     namespace = f"gate-{np.random.default_rng().integers(2**40)}"
     with tempfile.TemporaryDirectory() as work:
         asked = items(Path(work))
-    before = pairs_saved(client)
+    before = client.counters().pairs_saved
     full = answers(client, asked, FULL, namespace=namespace)
-    between = pairs_saved(client)
+    between = client.counters().pairs_saved
     pevlm = answers(client, asked, PEVLM, namespace=namespace)
     compared = Comparison(asked, full, pevlm)
     failures = compared.failures()
     if between != before:
         failures.append(f"full attention skipped {between - before} pairs, expected none")
-    if pairs_saved(client) == between:
+    if client.counters().pairs_saved == between:
         failures.append("PEVLM skipped no pair; see dense_tokens in /server_info for the reason")
     return compared, failures
 
@@ -314,7 +297,7 @@ def main() -> None:
         if url is None:
             flags = ("--attention-backend", "pevlm", *SERVER_FLAGS)
             url = stack.enter_context(Server(MODEL, *flags)).url
-        compared, failures = run(connect(url))
+        compared, failures = run(Client(url))
     print(compared.table(), "", *failures, "gate: " + ("red" if failures else "green"), sep="\n")
     print(json.dumps({**compared.as_json(), "failures": failures}))
     if failures:

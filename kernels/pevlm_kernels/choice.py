@@ -21,24 +21,18 @@ IMPLEMENTATIONS = {
     "sdpa": "pevlm_kernels.sdpa",
     "triton": "pevlm_kernels.triton_prefill",
     "flash": "pevlm_kernels.flash",
-    "flash_paged": "pevlm_kernels.flash_paged",
-    "flash_merged": "pevlm_kernels.flash_merged",
-    "flash_masked": "pevlm_kernels.flash_masked",
-    "flashinfer": "pevlm_kernels.flashinfer",
 }
 """Name → the module with its ``prefill`` and ``refusal``."""
 
-LIBRARIES = {
-    "triton": (("triton",), "pip install triton"),
-    "flashinfer": (("flashinfer",), "pip install flashinfer-python"),
-}
+ON_GPU = ("flash", "triton")
+"""The order on a GPU, a prediction: vendors' kernels reach more of the hardware than portable ones.
+``benchmarks/bench_attention.py`` measures it (column ``ms``, all implementations side by side)."""
 
-PREFERENCE = ("flash", "triton", "flashinfer", "sdpa", "reference")
-"""``auto`` takes the first that takes the tensors. On a GPU the order is a prediction: vendors'
-kernels reach more of the hardware than portable ones. ``benchmarks/bench_attention.py`` measures it
-(column ``ms``, all implementations side by side)."""
+PREFERENCE = (*ON_GPU, "sdpa", "reference")
+"""``auto`` takes the first that takes the tensors."""
 
 
+@cache
 def module_of(impl: str) -> Any:
     return importlib.import_module(IMPLEMENTATIONS[impl])
 
@@ -76,17 +70,17 @@ def chosen_implementation(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
     raise AssertionError("reference takes everything")
 
 
-@cache
 def missing_library(impl: str) -> str | None:
     """What to install before this implementation can run; None if nothing."""
-    names, install = LIBRARIES.get(impl, ((), ""))
-    if all(is_installed(name) for name in names):
-        return None
-    return f"{', '.join(names)} is not installed: {install}"
+    if impl == "triton" and not is_installed("triton"):
+        return "triton is not installed: pip install triton"
+    return None
 
 
+@cache
 def is_installed(name: str) -> bool:
-    """Whether a module could be imported; only its parent packages are."""
+    """Whether a module could be imported; only its parent packages are. Looked up once: where the
+    parent is broken, each attempt takes tens of milliseconds."""
     try:
         return find_spec(name) is not None
     except ImportError:  # of a parent

@@ -1,10 +1,14 @@
-"""FlashAttention over virtual sequences: dense varlen on gathered keys and values.
+"""FlashAttention over virtual sequences: dense varlen on gathered keys, paged where all are seen.
 
-FlashAttention's causal mask is aligned to the bottom right, as a virtual sequence needs it, and its
-fast path wants each sequence's keys in a row. So the keys of virtual sequences are copied together,
-once a layer: three times the cache of a long video, 2 % to 3 % of the attention's time. At most
-``GATHERED_BYTES`` lie there at a time, or the keys of one virtual sequence where those are more:
-what does not fit takes a second call.
+FlashAttention's causal mask is aligned to the bottom right, as a virtual sequence needs it. Its
+fast path wants each sequence's keys in a row, so those of sparse virtual sequences, a sink and a
+block, are copied together, once a layer: twice the cache of a long video, 2 % of the attention's
+time (arithmetic, not measured). A full one, which sees everything before it, has many keys for few
+queries: a copy would cost as much as its attention. It is read where it lies, through a table of
+pages of one token, the form in which SGLang serves it anyway.
+
+Where the library has no such pages, or the cache holds another dtype than q, full ones are copied
+too, and however long they are, all scratch together stays below ``flash_calls.SCRATCH_BYTES``.
 
 The library is the newest that knows the GPU's generation; the only importer of all of them.
 """
@@ -12,18 +16,19 @@ The library is the newest that knows the GPU's generation; the only importer of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from pevlm_kernels.choice import is_installed
+from pevlm_kernels.flash_calls import Call, calls_of, room_for
+from pevlm_kernels.merge import merge_states
 from pevlm_kernels.types import PrefillPlan
 
 DTYPES = (torch.float16, torch.bfloat16)
-GATHERED_BYTES = 512 * 2**20
 
 
 class Library(NamedTuple):
@@ -34,6 +39,7 @@ class Library(NamedTuple):
         module: where ``flash_attn_varlen_func`` is.
         install: the command.
         generations: major compute capabilities that it was written for.
+        paged: those of them on which it takes pages of one token.
         lse_argument: what makes it return the log-sum-exp.
     """
 
@@ -41,19 +47,26 @@ class Library(NamedTuple):
     module: str
     install: str
     generations: tuple[int, ...]
+    paged: tuple[int, ...]
     lse_argument: str
 
 
 # Best first. FlashAttention-3 is Hopper's; 4 is Blackwell's, and runs from Ampere on; 2 runs
-# everywhere and is tuned for Ampere.
+# everywhere and is tuned for Ampere. Pages may have any size on FlashAttention-3, and on 4 on
+# data-centre Blackwell (it has none on Ampere and sm_120); 2 wants a multiple of 256.
 LIBRARIES = (
-    Library(3, "sgl_kernel.flash_attn", "pip install sglang-kernel", (9,), "return_softmax_lse"),
-    Library(4, "flash_attn.cute", "pip install flash-attn-4", (8, 9, 10, 11, 12), "return_lse"),
+    Library(
+        3, "sgl_kernel.flash_attn", "pip install sglang-kernel", (9,), (9,), "return_softmax_lse"
+    ),
+    Library(
+        4, "flash_attn.cute", "pip install flash-attn-4", (8, 9, 10, 11, 12), (10, 11), "return_lse"
+    ),
     Library(
         2,
         "flash_attn.flash_attn_interface",
         "pip install flash-attn --no-build-isolation",
         (8, 9, 10, 12),
+        (),
         "return_attn_probs",
     ),
 )
@@ -104,24 +117,6 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
     return None
 
 
-class Part(NamedTuple):
-    """Virtual sequences of one varlen call.
-
-    Attributes:
-        rows: their queries.
-        slots: their keys, ``[total_k]`` or a run of rows.
-        cu_seqlens_q, cu_seqlens_k: ``[n + 1]`` int32, from 0.
-        max_seqlen_q, max_seqlen_k: on the host.
-    """
-
-    rows: slice
-    slots: torch.Tensor | slice
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
 def prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -132,107 +127,78 @@ def prefill(
     v_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`pevlm_kernels.interface.pevlm_prefill`."""
-    most_keys = gathered_keys(q, k_cache)
-    key = ("flash parts", most_keys)
-    if key not in plan.memo:
-        plan.memo[key] = parts_of(
-            plan, plan.kv_indices, plan.cu_seqlens_k, plan.seqlens_k, most_keys
-        )
-    parts: list[Part] = plan.memo[key]
-    out, lse = attend(q, k_cache, v_cache, parts, softmax_scale)
-    return (out if v_scale == 1 else out * v_scale), lse
+    room = room_for(q, k_cache, paged=pages_on(q.device))
+    if ("flash", room) not in plan.memo:
+        plan.memo["flash", room] = calls_of(plan, room)
+    calls: list[Call] = plan.memo["flash", room]
+    if len(calls) == 1:
+        out, lse = _attend(q, k_cache, v_cache, calls[0], softmax_scale)
+    else:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        for call in calls:
+            into = out[call.rows], lse[:, call.rows]
+            part = _attend(q[call.rows], k_cache, v_cache, call, softmax_scale)
+            if call.causal:  # the first on its rows
+                into[0].copy_(part[0])
+                into[1].copy_(part[1])
+            else:
+                merge_states(*into, *part)
+            del part  # before the next call's
+    return (out if v_scale == 1 else out.mul_(v_scale)), lse
 
 
-def gathered_keys(q: torch.Tensor, k_cache: torch.Tensor) -> int:
-    """How many keys, with their values, ``GATHERED_BYTES`` hold in q's dtype."""
-    return GATHERED_BYTES // (2 * k_cache.shape[1] * k_cache.shape[2] * q.element_size())
+def library_on(device: torch.device) -> Library:
+    """The best that is installed for the GPU of tensors that were not refused."""
+    library = library_for(torch.cuda.get_device_capability(device))
+    assert library is not None, "refusal comes first"
+    return library
 
 
-def parts_of(
-    plan: PrefillPlan,
-    slots: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    seqlens_k: Sequence[int],
-    most_keys: int,
-) -> list[Part]:
-    """Cut the virtual sequences of a plan into calls of at most ``most_keys`` keys, or of one
-    virtual sequence. Their keys are as given here; the plan's own have others."""
-    ends: list[int] = []
-    keys = 0
-    for i, m in enumerate(seqlens_k):
-        if keys and keys + m > most_keys:
-            ends.append(i)
-            keys = 0
-        keys += m
-    parts: list[Part] = []
-    row = slot = first = 0
-    for end in (*ends, len(seqlens_k)):
-        lengths_q, lengths_k = plan.seqlens_q[first:end], seqlens_k[first:end]
-        n, m = sum(lengths_q), sum(lengths_k)
-        parts.append(
-            Part(
-                slice(row, row + n),
-                slots[slot : slot + m],
-                plan.cu_seqlens_q[first : end + 1] - plan.cu_seqlens_q[first],
-                cu_seqlens_k[first : end + 1] - cu_seqlens_k[first],
-                max(lengths_q),
-                max(lengths_k),
-            )
-        )
-        row, slot, first = row + n, slot + m, end
-    return parts
+def pages_on(device: torch.device) -> bool:
+    """Whether the library takes pages of one token there."""
+    return torch.cuda.get_device_capability(device)[0] in library_on(device).paged
 
 
-def attend(
+def _attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    parts: Sequence[Part],
+    call: Call,
     softmax_scale: float,
-    *,
-    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A varlen call a part, each on its own keys; the parts tile the queries.
+    """One call, with the argument names that all releases share but for those of pages.
 
     Returns:
         ``[n, num_q_heads, head_dim]`` and ``[num_q_heads, n]``, the log-sum-exp.
     """
-    results = []
-    for rows, slots, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k in parts:
-        results.append(
-            varlen(q.device)(
-                q[rows],
-                k_cache[slots].to(q.dtype),
-                v_cache[slots].to(q.dtype),
-                cu_seqlens_q=cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_k,
-                max_seqlen_q=max_seqlen_q,
-                max_seqlen_k=max_seqlen_k,
-                softmax_scale=softmax_scale,
-                causal=causal,
-            )
-        )
-    if len(results) == 1:
-        return results[0]
-    outs, lses = zip(*results, strict=True)
-    return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def varlen(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``flash_attn_varlen_func`` of the best library for a GPU, with the argument names that all
-    releases share; returns output and ``[num_q_heads, total_q]`` log-sum-exp."""
-    library = library_for(torch.cuda.get_device_capability(device))
-    assert library is not None, "refusal comes first"
-    return partial(_call, _load(library.module), library.lse_argument)
-
-
-def _call(
-    function: Any, lse_argument: str, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = function(*args, **kwargs, **{lse_argument: True})
+    library = library_on(q.device)
+    name, lse_argument = "flash_attn_varlen_func", library.lse_argument
+    if call.table is None:
+        k, v = (cache[call.slots].to(q.dtype) for cache in (k_cache, v_cache))
+        keys = {"cu_seqlens_k": call.cu_seqlens_k, "max_seqlen_k": call.max_seqlen_k}
+    else:
+        k, v = k_cache.unsqueeze(1), v_cache.unsqueeze(1)
+        keys = {"page_table": call.table}
+        if library.version == 3:  # SGLang's build of the varlen function drops its page table
+            name = "flash_attn_with_kvcache"
+            keys["cache_seqlens"] = call.seqlens_k
+        else:
+            keys |= {"seqused_k": call.seqlens_k, "max_seqlen_k": call.max_seqlen_k}
+    out, lse, *_ = getattr(_load(library.module), name)(
+        q,
+        k,
+        v,
+        cu_seqlens_q=call.cu_seqlens_q,
+        max_seqlen_q=call.max_seqlen_q,
+        softmax_scale=softmax_scale,
+        causal=call.causal,
+        **keys,
+        **{lse_argument: True},
+    )
     return out, lse
 
 
 @cache
 def _load(module: str) -> Any:
-    return importlib.import_module(module).flash_attn_varlen_func
+    return importlib.import_module(module)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from pevlm_kernels.choice import IMPLEMENTATIONS, chosen_implementation, module_of, require
 from pevlm_kernels.types import PrefillPlan
+
+Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def pevlm_prefill(
@@ -46,19 +50,50 @@ def pevlm_prefill(
     if impl not in (*IMPLEMENTATIONS, "auto"):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"impl: expected one of {known}, got {impl!r}")
-    _check(q, k_cache, v_cache, plan)
+    _check(q, k_cache, v_cache, plan)  # before a refusal reads their shapes
     if impl == "auto":
         impl = chosen_implementation(q, k_cache, v_cache)
     else:
         require(impl, q, k_cache, v_cache)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not plan.num_seqs:
-        out, lse = q.new_empty(0, q.shape[1], v_cache.shape[2]), q.new_empty(q.shape[1], 0)
-        return (out, lse.float()) if return_lse else out
-    out, lse = module_of(impl).prefill(
-        q, k_cache, v_cache, plan, softmax_scale=scale * k_scale, v_scale=v_scale
+    out, lse = bound(impl)(
+        q,
+        k_cache,
+        v_cache,
+        plan,
+        softmax_scale=softmax_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return (out, lse) if return_lse else out
+
+
+@cache
+def bound(impl: str) -> Prefill:
+    """One implementation as a function that chooses nothing and looks nothing up, for whoever knows
+    that it takes the tensors (:func:`pevlm_kernels.choice.refusal`).
+
+    Returns:
+        :func:`pevlm_prefill` without ``impl``, which always returns the log-sum-exp.
+    """
+    return partial(_prefill, module_of(impl).prefill)
+
+
+def _prefill(
+    prefill: Prefill,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+    *,
+    softmax_scale: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q, k_cache, v_cache, plan)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not plan.num_seqs:
+        return q.new_empty(0, q.shape[1], v_cache.shape[2]), q.new_empty(q.shape[1], 0).float()
+    return prefill(q, k_cache, v_cache, plan, softmax_scale=scale * k_scale, v_scale=v_scale)
 
 
 def _check(

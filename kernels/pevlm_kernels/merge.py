@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from pevlm_kernels.choice import is_installed
+MERGED_BYTES = 128 * 2**20
+"""Room for the wider products of :func:`merge_states`: so many rows are merged at a time."""
 
 
 def merge_states(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weigh two outputs by the softmax denominators behind them.
-
-    On a GPU with Triton in one pass and in place: operator by operator, this would read and write
-    five times as much, a fifth of the time of the attention itself.
+) -> None:
+    """Weigh two outputs by the softmax denominators behind them, into the first.
 
     Args:
-        out, other: ``[n, num_q_heads, head_dim]``; ``out`` may be overwritten.
-        lse, other_lse: ``[num_q_heads, n]``, natural log-sum-exp of the scaled scores; ``lse`` may
-            be overwritten.
-
-    Returns:
-        The same two over all keys; the output in out's dtype.
+        out, other: ``[n, num_q_heads, head_dim]``; ``out`` becomes the output over all keys.
+        lse, other_lse: ``[num_q_heads, n]``, natural log-sum-exp of the scaled scores; ``lse``
+            becomes that over all keys.
 
     Source: the reduction of Flash-Decoding; FlashInfer calls it merging states.
     """
-    if out.device.type == "cuda" and is_installed("triton"):
-        from pevlm_kernels.triton_prefill import merge_in_place
-
-        merge_in_place(out, lse, other, other_lse)
-        return out, lse
     merged = torch.logaddexp(lse, other_lse)
-    weight, other_weight = (
-        (part - merged).exp().transpose(0, 1).unsqueeze(-1) for part in (lse, other_lse)
-    )
-    return (out * weight + other * other_weight).to(out.dtype), merged
+    at_once = max(1, MERGED_BYTES // max(1, 2 * lse.element_size() * out[:1].numel()))
+    for start in range(0, len(out), at_once):
+        rows = slice(start, start + at_once)
+        weight, other_weight = (
+            (part[:, rows] - merged[:, rows]).exp().T.unsqueeze(-1) for part in (lse, other_lse)
+        )
+        total = out[rows] * weight
+        total += other[rows] * other_weight
+        out[rows] = total
+    lse.copy_(merged)

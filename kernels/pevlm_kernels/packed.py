@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pevlm_kernels.interface import pevlm_prefill
-from pevlm_kernels.types import PrefillPlan, shared_keys, upload, upload_lists
+from pevlm_kernels.types import PrefillPlan, upload, upload_lists
 
 Block = tuple[int, int]
 
@@ -83,10 +83,8 @@ def packed_plan(
         part for start, end, prefix in pieces for part in (positions[:prefix], positions[start:end])
     ]
     indices = torch.cat([torch.empty(0, dtype=torch.int64), *slots])
-    seams = [number for start, _, prefix in pieces for number in (prefix, start - prefix)]
-    cu_seqlens_q, cu_seqlens_k, flat_seams = upload_lists(
-        [list(accumulate(seqlens_q, initial=0)), list(accumulate(seqlens_k, initial=0)), seams],
-        device,
+    cu_seqlens_q, cu_seqlens_k = upload_lists(
+        [list(accumulate(lengths, initial=0)) for lengths in (seqlens_q, seqlens_k)], device
     )
     return PrefillPlan(
         cu_seqlens_q=cu_seqlens_q,
@@ -94,8 +92,7 @@ def packed_plan(
         kv_indices=upload(indices, device),
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
-        seams=flat_seams.view(-1, 2),
-        shared=shared_keys((prefix, prefix) for _, _, prefix in pieces),
+        full=tuple(prefix == start for start, _, prefix in pieces),
     )
 
 

@@ -3,8 +3,7 @@
 One program computes ``BLOCK_M`` queries of one head. It walks its keys once, in one online softmax
 (FlashAttention-2, arXiv 2307.08691, algorithm 1): first the tiles that every query of the program
 sees, without a mask, then the few on the diagonal. The sink and the block follow each other in a
-virtual sequence's list of cache slots, so they are one walk, wherever they lie; where they are two
-runs of rows (``PrefillPlan.seams``), the list is not even read.
+virtual sequence's list of cache slots, so they are one walk, wherever they lie.
 
 This module and ``triton_prefill`` are loaded when the door is asked for them: a kernel has to stand
 below ``import triton``, and its arguments carry no types but ``tl.constexpr``.
@@ -24,7 +23,7 @@ def attend(
     tiles_ptr,
     cu_q_ptr,
     cu_k_ptr,
-    rows_ptr,  # kv_indices or seams
+    slots_ptr,
     scale_log2,
     v_scale,
     stride_q,
@@ -43,7 +42,6 @@ def attend(
     BLOCK_DV: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
-    HAS_SEAMS: tl.constexpr,  # noqa: N803
 ):
     # A cache may hold more than 2**31 elements, and so may q: all addresses are 64 bits wide.
     head = tl.program_id(0).to(tl.int64)
@@ -55,14 +53,7 @@ def attend(
     num_q = tl.load(cu_q_ptr + seq + 1) - q_start
     num_k = tl.load(cu_k_ptr + seq + 1) - k_start
     before = num_k - num_q  # keys before the first query's own
-    if HAS_SEAMS:
-        seam = tl.load(rows_ptr + 2 * seq)
-        shift = tl.load(rows_ptr + 2 * seq + 1)
-        slots_ptr = rows_ptr
-    else:
-        seam = 0
-        shift = 0
-        slots_ptr = rows_ptr + k_start
+    slots_ptr += k_start
 
     rows = first + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -85,15 +76,15 @@ def attend(
     end = tl.minimum(before + first + BLOCK_M, num_k)
     for start in range(0, unmasked, BLOCK_N):
         acc, total, largest = attend_to_tile(
-            q, acc, total, largest, k_head, v_head, slots_ptr, start, seam, shift, before + rows,
-            num_k, scale_log2, stride_k, stride_v,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SEAMS, False,
+            q, acc, total, largest, k_head, v_head, slots_ptr, start, before + rows, num_k,
+            scale_log2, stride_k, stride_v,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, False,
         )  # fmt: skip
     for start in range(unmasked, end, BLOCK_N):
         acc, total, largest = attend_to_tile(
-            q, acc, total, largest, k_head, v_head, slots_ptr, start, seam, shift, before + rows,
-            num_k, scale_log2, stride_k, stride_v,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SEAMS, True,
+            q, acc, total, largest, k_head, v_head, slots_ptr, start, before + rows, num_k,
+            scale_log2, stride_k, stride_v,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, True,
         )  # fmt: skip
 
     valid = rows < num_q
@@ -120,8 +111,6 @@ def attend_to_tile(
     v_head,
     slots_ptr,
     start,
-    seam,
-    shift,
     last_keys,  # of each query, itself included
     num_k,
     scale_log2,
@@ -132,7 +121,6 @@ def attend_to_tile(
     BLOCK_D: tl.constexpr,  # noqa: N803
     BLOCK_DV: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
-    HAS_SEAMS: tl.constexpr,  # noqa: N803
     ON_DIAGONAL: tl.constexpr,  # noqa: N803
 ):
     """One step of the online softmax: keys ``[start, start + BLOCK_N)`` of the sequence."""
@@ -140,9 +128,7 @@ def attend_to_tile(
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     exists = keys < num_k
-    if HAS_SEAMS:
-        slots = (keys + tl.where(keys >= seam, shift, 0)).to(tl.int64)
-    elif ON_DIAGONAL:
+    if ON_DIAGONAL:
         slots = tl.load(slots_ptr + keys, mask=exists, other=0)
     else:
         slots = tl.load(slots_ptr + keys)
@@ -162,40 +148,3 @@ def attend_to_tile(
     v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total * shrink + tl.sum(weights, 1), new_largest
-
-
-@triton.jit
-def merge(
-    out_ptr,
-    lse_ptr,
-    other_ptr,
-    other_lse_ptr,
-    num_rows,
-    stride_o,
-    stride_oh,
-    stride_p,
-    stride_ph,
-    stride_lse,
-    stride_other_lse,
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    BLOCK_D: tl.constexpr,  # noqa: N803
-    BLOCK_M: tl.constexpr,  # noqa: N803
-):
-    """Weigh ``BLOCK_M`` rows of one head of two outputs, into the first."""
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    valid = rows < num_rows
-    inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
-    lse = tl.load(lse_ptr + head * stride_lse + rows, mask=valid, other=0.0)
-    other_lse = tl.load(other_lse_ptr + head * stride_other_lse + rows, mask=valid, other=0.0)
-    largest = tl.maximum(lse, other_lse)
-    weight = tl.exp(lse - largest)
-    other_weight = tl.exp(other_lse - largest)
-    total = weight + other_weight
-    at = out_ptr + rows[:, None] * stride_o + head * stride_oh + dims[None, :]
-    past = other_ptr + rows[:, None] * stride_p + head * stride_ph + dims[None, :]
-    out = tl.load(at, mask=inside, other=0.0).to(tl.float32) * (weight / total)[:, None]
-    out += tl.load(past, mask=inside, other=0.0).to(tl.float32) * (other_weight / total)[:, None]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + head * stride_lse + rows, largest + tl.log(total), mask=valid)

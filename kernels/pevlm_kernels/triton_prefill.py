@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from pevlm_kernels.triton_kernels import attend, merge
+from pevlm_kernels.triton_kernels import attend
 from pevlm_kernels.types import PrefillPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,7 +50,6 @@ LARGE: dict[tuple[bool, int], list[Tiling]] = SMALL | {
     (False, 128): [Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 2)],
     (False, 256): [Tiling(128, 32, 8, 2), Tiling(128, 64, 8, 2)],
 }
-MERGED_ROWS = 32  # of a program that merges
 SMALL_BYTES, LARGE_BYTES = 99 * 1024, 227 * 1024
 
 
@@ -135,7 +134,7 @@ def prefill(
         tiles,
         plan.cu_seqlens_q,
         plan.cu_seqlens_k,
-        plan.kv_indices if plan.seams is None else plan.seams,
+        plan.kv_indices,
         softmax_scale * math.log2(math.e),
         v_scale,
         *q.stride()[:2],
@@ -144,36 +143,14 @@ def prefill(
         *out.stride()[:2],
         lse.stride(0),
         **constants(num_q_heads // k_cache.shape[1], head_dim, head_dim_v, sizes),
-        HAS_SEAMS=plan.seams is not None,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
     )
     return out, lse
 
 
-def merge_in_place(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> None:
-    """See :func:`pevlm_kernels.merge.merge_states`; into ``out`` and ``lse``."""
-    n, num_heads, head_dim = out.shape
-    merge[(triton.cdiv(n, MERGED_ROWS), num_heads)](
-        out,
-        lse,
-        other,
-        other_lse,
-        n,
-        *out.stride()[:2],
-        *other.stride()[:2],
-        lse.stride(0),
-        other_lse.stride(0),
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_M=MERGED_ROWS,
-    )
-
-
 def constants(group: int, head_dim: int, head_dim_v: int, sizes: Tiling) -> dict[str, int]:
-    """What the kernel is compiled for, but for the form of the plan."""
+    """What the kernel is compiled for."""
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,

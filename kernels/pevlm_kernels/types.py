@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-
-
-class Shared(NamedTuple):
-    """Neighbouring virtual sequences that begin with the same keys: the blocks of one video, and
-    their sink.
-
-    Attributes:
-        first, end: the virtual sequences ``first : end``.
-        num_keys: their first keys, which all lie before each one's own queries.
-    """
-
-    first: int
-    end: int
-    num_keys: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +23,8 @@ class PrefillPlan:
         kv_indices: ``[total_k]`` int64 on the device, slots of the key and value cache.
         seqlens_q: ``num_seqs`` query counts, on the host.
         seqlens_k: ``num_seqs`` key counts, on the host.
-        seams: None, or ``[num_seqs, 2]`` int32 on the device, (seam, shift): key j lies in row j of
-            the cache below the seam, and in row j + shift from it on. The same as ``kv_indices``,
-            for a kernel that would rather count than read a list. For one packed sequence only,
-            where row i of the cache belongs to query i.
-        shared: in order and without overlap; for a kernel that attends to shared keys once.
+        full: for each whether it sees all tokens of its request before it: many keys for few
+            queries, best read where they lie.
         memo: what implementations derived from the plan, for the layers that follow.
 
     Raises:
@@ -54,16 +36,16 @@ class PrefillPlan:
     kv_indices: torch.Tensor
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
-    seams: torch.Tensor | None = None
-    shared: tuple[Shared, ...] = ()
+    full: tuple[bool, ...]
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.seqlens_q) != len(self.seqlens_k):
-            raise ValueError(
-                f"PrefillPlan: expected as many seqlens_k as seqlens_q ({len(self.seqlens_q)}), "
-                f"got {len(self.seqlens_k)}"
-            )
+        for name, others in (("seqlens_k", self.seqlens_k), ("full", self.full)):
+            if len(others) != len(self.seqlens_q):
+                raise ValueError(
+                    f"PrefillPlan.{name}: expected as many as seqlens_q ({len(self.seqlens_q)}), "
+                    f"got {len(others)}"
+                )
         shapes = {
             "cu_seqlens_q": (self.cu_seqlens_q, len(self.seqlens_q) + 1, torch.int32),
             "cu_seqlens_k": (self.cu_seqlens_k, len(self.seqlens_k) + 1, torch.int32),
@@ -75,34 +57,12 @@ class PrefillPlan:
                     f"PrefillPlan.{name}: expected shape ({length},) and {dtype}, "
                     f"got {tuple(tensor.shape)} and {tensor.dtype}"
                 )
-        seams = self.seams
-        if seams is not None and (
-            seams.shape != (len(self.seqlens_q), 2) or seams.dtype != torch.int32
-        ):
-            raise ValueError(
-                f"PrefillPlan.seams: expected shape ({len(self.seqlens_q)}, 2) and torch.int32, "
-                f"got {tuple(seams.shape)} and {seams.dtype}"
-            )
         for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True):
             if not 0 < q <= k:
                 raise ValueError(
                     f"PrefillPlan: expected 0 < seqlen_q <= seqlen_k, got {q} and {k}; every query "
                     "is one of its own keys"
                 )
-        at = 0
-        for first, end, num_keys in self.shared:
-            if not at <= first < end <= self.num_seqs:
-                raise ValueError(
-                    f"PrefillPlan.shared: expected {at} <= first < end <= {self.num_seqs}, in "
-                    f"order and without overlap, got {first} and {end}"
-                )
-            most = min(self.seqlens_k[i] - self.seqlens_q[i] for i in range(first, end))
-            if not 0 < num_keys <= most:
-                raise ValueError(
-                    f"PrefillPlan.shared: expected 0 < num_keys <= {most}, the keys before the "
-                    f"queries of {first} : {end}, got {num_keys}"
-                )
-            at = end
 
     @property
     def num_seqs(self) -> int:
@@ -140,23 +100,6 @@ class PrefillPlan:
             self.memo["tiles", block_m] = upload(tiles, self.cu_seqlens_q.device)
         found: torch.Tensor = self.memo["tiles", block_m]
         return found
-
-
-def shared_keys(pasts: Iterable[tuple[Hashable, int]], *, at_least: int = 1) -> tuple[Shared, ...]:
-    """Neighbours with the same past as :class:`Shared`.
-
-    Args:
-        pasts: of each virtual sequence, what its first keys are, and how many they are.
-        at_least: neighbours, for it to be worth a mention.
-    """
-    found: list[Shared] = []
-    at = 0
-    for (_, num_keys), group in groupby(pasts):
-        end = at + sum(1 for _ in group)
-        if num_keys and end - at >= at_least:
-            found.append(Shared(at, end, num_keys))
-        at = end
-    return tuple(found)
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:

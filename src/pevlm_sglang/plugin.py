@@ -70,6 +70,16 @@ _HOOKS = {
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _Hook(
         "_after_get_internal_state", ("recv_req",)
     ),
+    "sglang.srt.managers.scheduler.Scheduler.flush_cache": _Hook("_after_state_is_outdated"),
+    **{
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        f".{name}": _Hook("_after_state_is_outdated", ("recv_req",))
+        for name in (
+            *("update_weights_from_disk", "update_weights_from_distributed"),
+            *("update_weights_from_tensor", "update_weights_from_ipc"),
+            "release_memory_occupation",
+        )
+    },
     _CONTROLLER: _Hook("_after_controller_init_info"),
     "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": _Hook(
         "_after_wait_for_scheduler_ready", ("scheduler_pipe_readers", "scheduler_procs")
@@ -289,7 +299,8 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.runtime_context import get_parallel
 
-    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.attention.bases import attach
+    from pevlm_sglang.attention.kernel_choice import attention_layers, requested_kernel
 
     parallel = get_parallel()
     first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
@@ -304,12 +315,12 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     try:
         rule = registry.span_rule(hf_config)
         refusals.check_model(model_runner)
-        passed_over = put_on(
+        passed_over = attach(
             prefill_backend,
             observer,
-            layers=refusals.attention_layers(model_runner.model),
+            layers=attention_layers(model_runner.model),
             dtype=model_runner.dtype,
-            kernel=refusals.prefill_kernel(resolved_view(model_runner.server_args), config),
+            kernel=requested_kernel(resolved_view(model_runner.server_args), config),
         )
         holder = embeddings.EmbeddingHolder(observer)
         architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
@@ -363,6 +374,12 @@ def _before_add_request_to_queue(
         serving.holder.release(req.multimodal_inputs)
         if not is_retracted:
             requests.on_queued(req, serving.rule)
+
+
+def _after_state_is_outdated(_result: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang flushes keys and values, and keeps the embeddings of the tower's old weights."""
+    if (serving := _Process.serving) is not None:
+        serving.holder.forget()
 
 
 # --- Seen from outside -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""prefill_kernel.py: which kernel a server takes, and what it is refused for before it serves."""
+"""kernel_choice.py: which kernel a server takes, and what it is refused for before it serves."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from pevlm_kernels import IMPLEMENTATIONS
-from pevlm_sglang.attention import kernel_choice as prefill_kernel
+from pevlm_kernels import IMPLEMENTATIONS, flash
+from pevlm_sglang.attention import kernel_choice
+from pevlm_sglang.attention.bases import attach
 from pevlm_sglang.attention.bases.flash_attention import PevlmFlashAttention
 from pevlm_sglang.attention.bases.flashinfer import PevlmFlashInfer
 from pevlm_sglang.attention.bases.torch_native import PevlmTorchNative
 from pevlm_sglang.attention.bases.triton import PevlmTriton
 from pevlm_sglang.attention.bases.trtllm_mha import PevlmTrtllmMha
-from pevlm_sglang.attention.kernel_choice import choose
+from pevlm_sglang.attention.kernel_choice import ORDERS, choose, preference, requested_kernel
 from pevlm_sglang.errors import UnsupportedError
-from pevlm_sglang.settings.config import PREFILL_KERNELS
+from pevlm_sglang.observe.observer import Observer
+from pevlm_sglang.settings.config import BASE_BACKENDS, PREFILL_KERNELS, PevlmConfig
+from support.kernel_calls import random_plan
+from support.lookups import recorded_lookups
 
 
 class Pool:
@@ -52,7 +57,7 @@ def backend(pool: Pool | None = None, **changes: Any) -> Any:
         "token_to_kv_pool": pool or Pool(),
         "pevlm_without_base": "expected another base",
         "pevlm_stores_scaled": True,
-        "pevlm_preference": lambda capability, narrow: ("flash", "sdpa"),
+        "pevlm_base": "torch_native",
     }
     return SimpleNamespace(**(ordinary | changes))
 
@@ -65,7 +70,17 @@ def test_every_name_is_an_implementation() -> None:
     assert set(PREFILL_KERNELS) - {"auto", "base"} <= set(IMPLEMENTATIONS)
 
 
-def test_auto_takes_the_first_that_can_and_says_what_it_passed_over() -> None:
+def test_the_table_is_of_these_names_and_has_a_last_row_for_each_base() -> None:
+    assert {kernel for row in ORDERS for kernel in row.kernels} <= set(PREFILL_KERNELS) - {"auto"}
+    last = {row.base: row for row in ORDERS}
+    assert set(last) == set(BASE_BACKENDS) - {"auto"}
+    assert all((row.generations, row.narrow) == (None, None) for row in last.values())
+
+
+def test_auto_takes_the_first_that_can_and_says_what_it_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_choice, "preference", lambda *given: ("flash", "sdpa"))
     kernel, passed_over = chosen("auto")
     assert kernel == "sdpa"
     assert passed_over.startswith("flash: expected tensors on a CUDA GPU, got cpu")
@@ -73,15 +88,15 @@ def test_auto_takes_the_first_that_can_and_says_what_it_passed_over() -> None:
     assert chosen("base", backend(pevlm_without_base="")) == ("base", "")
 
 
-def test_a_narrow_cache_runs_too() -> None:
+def test_a_narrow_cache_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    of = backend(
-        Pool(dtype=torch.float8_e5m2),
-        pevlm_preference=lambda *given: asked.append(given) or ("sdpa",),
+    monkeypatch.setattr(
+        kernel_choice, "preference", lambda *given: asked.append(given) or preference(*given)
     )
     scaled = layer(k_scale=torch.tensor(0.5), k_scale_float=0.5)
+    of = backend(Pool(dtype=torch.float8_e5m2))
     assert chosen("auto", of, [scaled]) == ("sdpa", "")
-    assert asked == [(None, True)]
+    assert asked == [("torch_native", None, True)]
 
 
 @pytest.mark.parametrize(
@@ -94,9 +109,9 @@ def test_a_narrow_cache_runs_too() -> None:
         ("sdpa", {"pool": Pool((2, 2, 4, 16))}, [layer()], r"expected a row a token, .*\(2, 2, 4"),
         (
             "auto",
-            {"pevlm_preference": lambda *given: ("flash", "base")},
+            {"pevlm_base": "flashinfer"},
             [layer()],
-            r"^--pevlm-prefill-kernel auto: .*flash: .*; base: .*Choose another base backend",
+            r"^--pevlm-prefill-kernel auto: .*base: .*Choose another base backend",
         ),
     ],
 )
@@ -112,7 +127,7 @@ def test_a_kernel_that_does_not_work_here(monkeypatch: pytest.MonkeyPatch, kind:
             raise RuntimeError("no kernel image is available")
         return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0])
 
-    monkeypatch.setattr(prefill_kernel, "pevlm_prefill", prefill)
+    monkeypatch.setattr(kernel_choice, "bound", lambda kernel: prefill)
     expected = {"failing": "got RuntimeError: no kernel image", "wrong": r"got \[0.0, 0.0, 0.0\]"}
     with pytest.raises(UnsupportedError, match=f"kernel sdpa: .*{expected[kind]}.*Choose another"):
         chosen("sdpa")
@@ -125,31 +140,52 @@ def mixin(of: type, **attributes: Any) -> Any:
     return made
 
 
-FA3, FA4 = (mixin(PevlmFlashAttention, fa_impl_ver=version) for version in (3, 4))
+@pytest.mark.parametrize(
+    ("base", "capability", "narrow", "expected"),
+    [
+        ("fa3", (9, 0), False, ("flash", "base")),
+        ("fa3", (9, 0), True, ("base",)),
+        ("fa3", (8, 0), False, ("base",)),
+        ("fa4", (10, 0), False, ("flash", "triton")),
+        ("flashinfer", (9, 0), False, ("base",)),
+        ("flashinfer", (10, 0), True, ("flash", "base")),
+        ("flashinfer", (12, 0), False, ("base",)),
+        ("trtllm_mha", (10, 3), False, ("flash", "triton")),
+        ("triton", (8, 6), False, ("triton", "base")),
+        ("torch_native", None, False, ("sdpa",)),
+    ],
+)
+def test_preference(base: str, capability: Any, narrow: bool, expected: tuple[str, ...]) -> None:
+    assert preference(base, capability, narrow) == expected
 
 
 @pytest.mark.parametrize(
-    ("of", "capability", "narrow", "expected"),
+    ("of", "base"),
     [
-        (FA3, (9, 0), False, ("flash", "base")),
-        (FA3, (9, 0), True, ("base",)),
-        (FA3, (8, 0), False, ("base",)),
-        (FA4, (10, 0), False, ("flash", "triton")),
-        (mixin(PevlmFlashInfer), (9, 0), False, ("base",)),
-        (mixin(PevlmFlashInfer), (10, 0), True, ("flash", "base")),
-        (mixin(PevlmFlashInfer), (12, 0), False, ("base",)),
-        (mixin(PevlmTrtllmMha), (10, 3), False, ("flash", "triton")),
-        (mixin(PevlmTriton), (8, 6), False, ("triton", "base")),
-        (mixin(PevlmTorchNative), None, False, ("sdpa",)),
+        (PevlmFlashAttention, "fa3"),
+        (PevlmFlashInfer, "flashinfer"),
+        (PevlmTrtllmMha, "trtllm_mha"),
+        (PevlmTriton, "triton"),
+        (PevlmTorchNative, "torch_native"),
     ],
 )
-def test_preference(of: Any, capability: Any, narrow: bool, expected: tuple[str, ...]) -> None:
-    assert of.pevlm_preference(capability, narrow) == expected
+def test_each_mixin_has_its_rows(of: type, base: str) -> None:
+    assert of.pevlm_base == base
+
+
+def test_kernel_is_as_asked_for() -> None:
+    plain, deterministic = (
+        SimpleNamespace(enable_deterministic_inference=value) for value in (False, True)
+    )
+    assert requested_kernel(plain, PevlmConfig()) == "auto"
+    assert requested_kernel(plain, PevlmConfig(prefill_kernel="flash")) == "flash"
+    assert requested_kernel(deterministic, PevlmConfig()) == "base"
 
 
 def test_fa4_says_why_it_has_no_base_kernel() -> None:
     of = mixin(PevlmFlashAttention, fa_impl_ver=4, _kv_shard_pool=None, token_to_kv_pool=Pool())
     of.pevlm_check()
+    assert of.pevlm_base == "fa4"
     with pytest.raises(UnsupportedError, match=r"expected FlashAttention-3, .*FlashAttention-4"):
         choose(of, [], torch.float32, "base")
 
@@ -164,3 +200,28 @@ def test_an_option_that_changes_the_scores_stops_the_server() -> None:
     of = mixin(PevlmTorchNative, _pevlm_plan=object(), pevlm_kernel="sdpa")
     with pytest.raises(NotImplementedError, match=r"sdpa: the model calls .* with sinks, expected"):
         of.forward_extend(None, None, None, layer(), None, sinks=torch.zeros(4), return_lse=False)
+
+
+def test_a_layer_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be found is found when the kernel is chosen, with no layer run yet."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
+    monkeypatch.setattr(flash, "refusal", lambda *tensors: None)
+    pool = Pool()
+    pool.buffer.zero_()
+    of = type("TorchNativeAttnBackend", (AttentionBackend,), {})()
+    of.device, of.token_to_kv_pool = "cpu", pool
+    q = torch.zeros(5, 4 * 16)
+    with recorded_lookups() as lookups:
+        attach(
+            of,
+            Observer(log=False, metrics=False),
+            layers=[layer()],
+            dtype=torch.float32,
+            kernel="flash",
+        )
+        assert any(lookup.startswith("find_spec ") for lookup in lookups)
+        of._pevlm_plan, _ = random_plan([(2, 4), (3, 3)], num_slots=8)
+        lookups.clear()
+        out = of.forward_extend(q, None, None, layer(), None, save_kv_cache=False)
+        assert not lookups
+    assert out.shape == q.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -14,8 +13,7 @@ from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, wri
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pevlm_kernels import types
-from pevlm_kernels.flash_merged import _own_parts, _shared_parts
-from pevlm_kernels.flash_paged import token_table
+from pevlm_kernels.flash_calls import Room, calls_of, token_table
 from pevlm_kernels.types import PrefillPlan
 from pevlm_sglang.attention.plan import (
     VirtualSequence,
@@ -153,19 +151,12 @@ def test_triton_form_expands_to_visible(batch: Batch) -> None:
 
 
 @given(batches())
-def test_shared_keys_are_the_first_of_all_neighbours(batch: Batch) -> None:
-    plan, sequences = batch.plan, batch.sequences
-    keys = plan.kv_indices.split(list(plan.seqlens_k))
-    told = {
-        tuple(range(first, end)): keys[first][:num_keys].tolist()
-        for first, end, num_keys in plan.shared
-    }
-    for group, expected in told.items():
-        assert all(keys[i][: len(expected)].tolist() == expected for i in group)
-    # Every two blocks in a row of one video are told.
-    for i, (a, b) in enumerate(pairwise(sequences)):
-        same_sink = a.row == b.row and a.piece.keys[:-1] == b.piece.keys[:-1] != ()
-        assert any({i, i + 1} <= set(group) for group in told) == same_sink
+def test_full_sequences_see_everything_before_them(batch: Batch) -> None:
+    plan = batch.plan
+    rows = torch.arange(plan.total_q).split(list(plan.seqlens_q))
+    for own, full in zip(rows, plan.full, strict=True):
+        queries = [batch.queries()[row] for row in own.tolist()]
+        assert full == all(batch.rows[r][q] == set(range(q + 1)) for r, q in queries)
 
 
 @given(batches(), st.randoms(use_true_random=False))
@@ -201,6 +192,7 @@ def test_golden_plan() -> None:
     plan = build_plan(sequences, req_to_token, torch.tensor([2, 0, 1]))
     assert plan.seqlens_q == (1, 2, 1, 3, 1)
     assert plan.seqlens_k == (5, 5, 10, 3, 5)
+    assert plan.full == (False, False, True, True, True)
     assert plan.cu_seqlens_q.tolist() == [0, 1, 3, 4, 7, 8]
     assert plan.cu_seqlens_k.tolist() == [0, 5, 10, 20, 23, 28]
     assert plan.kv_indices.tolist() == [
@@ -256,15 +248,14 @@ def test_a_plan_is_one_upload_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> No
     with Waits() as waits:
         plan = build_plan(batch.sequences, batch.req_to_token, batch.req_pool_indices)
         assert len(uploads) == 1
-        token_table(plan)
+        token_table(plan.kv_indices, plan.cu_seqlens_k, plan.seqlens_k)
         assert len(uploads) == 1
-        _own_parts(plan, 1000)
-        _shared_parts(plan)
-        assert len(uploads) == 3
-    assert plan.shared
+        calls = calls_of(plan, Room(queries=1000, keys=1000, paged=True))
+        assert len(uploads) == 2
+    assert {call.table is None for call in calls} == {True, False}
     assert not waits.found
     plan.tiles(16)  # counted on the host
-    assert len(uploads) == 4
+    assert len(uploads) == 3
 
 
 def test_empty_batch() -> None:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_plan
 
+from pevlm_kernels.flash_calls import SCRATCH_BYTES
 from pevlm_sglang.observe.observer import Observer
 
 CPU = torch.device("cpu")
@@ -30,8 +31,18 @@ def test_plans_in_one_chunk_and_in_several(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole["keys"] == sink + 128 + 20 * (sink + 128) + sink + 64 + question
     assert cut["keys"] > whole["keys"]
     assert all(row["plan_ms"] > 0 and row["host_ms"] > 0 for row in (whole, cut))
-    assert set(whole["derived_ms"]) == {"triton", "fa3 base, flash_paged", "flash_merged"}
+    assert set(whole["derived_ms"]) == {"triton", "fa3 base", "flash"}
     assert observer.totals.sparse_forwards > 0
+
+
+def test_a_mixed_batch_copies_the_video_alone() -> None:
+    plain, paged = bench_plan.mixed_rows()
+    assert plain["gathered_keys"] == plain["keys"] > 6_300_000
+    assert paged["gathered_keys"] < 25_000
+    assert paged["gathered_keys"] == paged["keys"] - 63 * 100_000
+    assert paged["table_bytes"] == 63 * 100_000 * 4
+    assert max(row["scratch_bytes"] for row in (plain, paged)) <= SCRATCH_BYTES // 2
+    assert plain["unbounded_bytes"] > 12e9
 
 
 def test_call_overhead_is_microseconds() -> None:

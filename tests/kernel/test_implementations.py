@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention.test_plan import Batch, batches, make_batch
 from pevlm_kernels import IMPLEMENTATIONS, PrefillPlan, pevlm_prefill
 from pevlm_kernels.choice import refusal
-from pevlm_kernels.testing import (
+from support.kernel_calls import (
     Call,
     assert_within_budget,
     plain_attention,
@@ -24,7 +24,6 @@ from pevlm_kernels.testing import (
     random_call,
     random_plan,
 )
-from pevlm_kernels.types import Shared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:  # a process for Triton alone: see test_triton.py
@@ -35,8 +34,7 @@ if INTERPRETED:  # a process for Triton alone: see test_triton.py
     IMPLS = HERE
 else:
     HERE = ["reference", "sdpa"]
-    on_gpu = [name for name in IMPLEMENTATIONS if name != "flash_masked"]  # see test_packed.py
-    ON_GPU = [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in on_gpu]
+    ON_GPU = [pytest.param(f"{name} on cuda", marks=pytest.mark.gpu) for name in IMPLEMENTATIONS]
     IMPLS = HERE + ON_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = [
@@ -361,18 +359,14 @@ def test_sdpa_refuses_other_devices_and_widths(call: Call) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seqlens_k": (5, 6, 7)}, r"as many seqlens_k as seqlens_q \(2\), got 3"),
+        ({"seqlens_k": (5, 6, 7)}, r"seqlens_k: expected as many as seqlens_q \(2\), got 3"),
         ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, r"cu_seqlens_q: expected shape \(3,"),
         ({"cu_seqlens_k": torch.zeros(3)}, "cu_seqlens_k: .* torch.int32, got .* torch.float32"),
         ({"kv_indices": torch.zeros(11, dtype=torch.int32)}, "kv_indices: .* got .* torch.int32"),
         ({"kv_indices": torch.zeros(10, dtype=torch.int64)}, r"kv_indices: expected shape \(11,"),
-        ({"seams": torch.zeros(2, 2)}, r"seams: expected shape \(2, 2\) and torch.int32, got"),
+        ({"full": (True,)}, r"full: expected as many as seqlens_q \(2\), got 1"),
         ({"seqlens_q": (3, 7)}, "expected 0 < seqlen_q <= seqlen_k, got 7 and 6"),
         ({"seqlens_q": (0, 2)}, "expected 0 < seqlen_q <= seqlen_k, got 0 and 5"),
-        ({"shared": (Shared(0, 3, 1),)}, "shared: expected 0 <= first < end <= 2, .* got 0 and 3"),
-        ({"shared": (Shared(0, 1, 1), Shared(0, 2, 1))}, "expected 1 <= first .* got 0 and 2"),
-        ({"shared": (Shared(0, 2, 3),)}, "expected 0 < num_keys <= 2, .* of 0 : 2, got 3"),
-        ({"shared": (Shared(0, 2, 0),)}, "expected 0 < num_keys <= 2, .*, got 0"),
     ],
 )
 def test_plan_refuses(change: dict, message: str) -> None:

@@ -1,14 +1,12 @@
-"""The adapters of FlashAttention and FlashInfer on emulated libraries, which read the metadata as
-the real ones do; and how ``auto`` chooses."""
+"""FlashAttention's adapter on emulated libraries, which read the metadata as the real ones do; how
+``auto`` chooses; and that nothing is looked up once it has."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import logging
-import types
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -22,49 +20,56 @@ from kernel.test_implementations import batch_call, video_batch
 from kernel.test_packed import LAYOUTS, packed_call
 from pevlm_kernels import (
     IMPLEMENTATIONS,
+    bound,
     choice,
     chosen_implementation,
     flash,
-    flash_merged,
-    flash_paged,
-    flashinfer,
+    flash_calls,
     pevlm_prefill,
     sdpa,
 )
-from pevlm_kernels.testing import (
+from pevlm_kernels.flash_calls import Room
+from support.emulated_kernels import (
+    FLASH,
+    flash_attn_4_varlen_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from support.kernel_calls import (
     Call,
     assert_within_budget,
     plain_attention,
     random_call,
     random_plan,
 )
-from support.emulated_kernels import PlannedPrefillWrapper, flash_attn_varlen_func
+from support.lookups import recorded_lookups
 
 AWKWARD = [(1, 1), (1, 63), (63, 63), (111, 111), (113, 203), (2, 3)]
+CAPABILITIES = {2: (8, 0), 3: (9, 0), 4: (10, 0)}
+"""Of a GPU on which each release of FlashAttention is taken."""
 
 
-@pytest.fixture
-def emulated_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+def emulate(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """A GPU with that release, on the CPU's tensors."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: CAPABILITIES[version])
     monkeypatch.setattr(flash, "is_installed", lambda module: True)
-    monkeypatch.setattr(flash, "_load", lambda module: flash_attn_varlen_func)
+    monkeypatch.setattr(flash, "_load", FLASH.__getitem__)
 
 
-@pytest.fixture
-def emulated_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = types.ModuleType("flashinfer")
-    library.BatchPrefillWithPagedKVCacheWrapper = PlannedPrefillWrapper
-    monkeypatch.setitem(__import__("sys").modules, "flashinfer", library)
+@pytest.fixture(params=CAPABILITIES)
+def emulated_flash(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    emulate(monkeypatch, request.param)
+    return request.param
 
 
-def check(module: types.ModuleType, call: Call, *, v_scale: float = 1.0) -> None:
-    """An adapter's output and log-sum-exp against the oracle and the reference."""
+def check(call: Call, *, v_scale: float = 1.0) -> None:
+    """The adapter's output and log-sum-exp against the oracle and the reference."""
     arguments = (call.q, call.k_cache, call.v_cache, call.plan)
     scales = {"softmax_scale": call.softmax_scale, "v_scale": v_scale}
     _, exact = choice.module_of("reference").prefill(*arguments, **scales)
     call_scaled = call if v_scale == 1 else _with_values(call, call.v_cache * v_scale)
     for _ in range(2):  # the second layer takes what the first derived from the plan
-        out, lse = module.prefill(*arguments, **scales)
+        out, lse = flash.prefill(*arguments, **scales)
         assert_within_budget(out, call_scaled)
         torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
 
@@ -86,94 +91,72 @@ def batch_calls(dtype: torch.dtype = torch.float32) -> list[Call]:
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
 @pytest.mark.parametrize("v_scale", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flash_on_paged_batches(
-    module: types.ModuleType, v_scale: float, dtype: torch.dtype
-) -> None:
+def test_flash_on_paged_batches(v_scale: float, dtype: torch.dtype) -> None:
     for call in batch_calls(dtype):
-        check(module, call.poisoned(), v_scale=v_scale)
+        check(call.poisoned(), v_scale=v_scale)
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_flash_on_packed_sequences(module: types.ModuleType, layout: tuple) -> None:
-    check(module, packed_call(*layout))
-
-
-@pytest.mark.usefixtures("emulated_flashinfer")
-@pytest.mark.parametrize("v_scale", [1.0, 0.5])
-def test_flashinfer(v_scale: float) -> None:
-    for call in [*batch_calls(), packed_call(*LAYOUTS["awkward blocks"])]:
-        check(flashinfer, call.poisoned(), v_scale=v_scale)
-
-
-@pytest.mark.usefixtures("emulated_flashinfer")
-def test_flashinfer_plans_once_for_all_layers() -> None:
-    (call, _) = batch_calls()
-    wrappers = {id(flashinfer._planned(call.q, call.k_cache, call.plan, 0.1)) for _ in range(3)}
-    assert len(wrappers) == 1
-    other = flashinfer._planned(call.q, call.k_cache, call.plan, 0.2)
-    assert id(other) not in wrappers
+def test_flash_on_packed_sequences(layout: tuple) -> None:
+    check(packed_call(*layout))
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_paged, flash_merged])
-@given(batch=batches(), seed=st.integers(0, 1000), most_keys=st.integers(1, 60))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_flash_on_any_batch(
-    module: types.ModuleType, batch: Batch, seed: int, most_keys: int
-) -> None:
-    """Several requests, prefixes, text and decode rows, and little room for gathered keys."""
+@given(
+    batch=batches(),
+    seed=st.integers(0, 1000),
+    keys=st.integers(1, 60),
+    queries=st.integers(1, 20),
+    entries=st.integers(1, 60),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flash_on_any_batch(batch: Batch, seed: int, keys: int, queries: int, entries: int) -> None:
+    """Several requests, prefixes, text and decode rows, and little room: single sparse sequences
+    of more keys and of more queries than fit, and full ones where there are no pages."""
     call = batch_call(batch, head_dim=16, seed=seed).poisoned()
     exact = plain_attention(call, torch.float64).float()
     arguments = (call.q, call.k_cache, call.v_cache, call.plan)
+
+    def little(q: torch.Tensor, k_cache: torch.Tensor, *, paged: bool) -> Room:
+        return Room(min(queries, keys), keys, paged)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "gathered_keys", lambda *tensors: most_keys)
-        out, _ = module.prefill(*arguments, softmax_scale=call.softmax_scale, v_scale=1.0)
+        patch.setattr(flash, "room_for", little)
+        patch.setattr(flash_calls, "TABLE_ENTRIES", entries)
+        out, _ = flash.prefill(*arguments, softmax_scale=call.softmax_scale, v_scale=1.0)
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("emulated_flash")
-def test_merged_reads_each_sink_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    gathered: dict[str, int] = {}
+def test_only_sparse_sequences_are_gathered(emulated_flash: int) -> None:
     (_, call) = batch_calls()
-    for module in (flash, flash_merged):
-        keys: list[int] = []
-        monkeypatch.setattr(
-            flash, "varlen", lambda device, keys=keys: partial(_count, keys, flash_attn_varlen_func)
-        )
-        check(module, call)
-        gathered[module.__name__] = sum(keys) // 2
-    saved = sum(m * (end - first - 1) for first, end, m in call.plan.shared)
-    assert saved > 0
-    assert gathered["pevlm_kernels.flash"] == sum(call.plan.seqlens_k)
-    assert gathered["pevlm_kernels.flash_merged"] == sum(call.plan.seqlens_k) - saved
-
-
-def _count(keys: list[int], function: Callable, q, k, v, **kwargs) -> tuple:
-    keys.append(len(k))
-    return flash._call(function, "return_lse", q, k, v, **kwargs)
+    check(call)
+    ((_, calls),) = call.plan.memo.items()
+    gathered = sum(len(part.slots) for part in calls if part.table is None)
+    own = zip(call.plan.seqlens_k, call.plan.full, strict=True)
+    sparse = sum(m for m, full in own if not full)
+    assert 0 < sparse < sum(call.plan.seqlens_k)
+    assert gathered == (sum(call.plan.seqlens_k) if emulated_flash == 2 else sparse)
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_merged])
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_flash_on_an_fp8_cache(module: types.ModuleType, stored: torch.dtype) -> None:
-    (_, call) = batch_calls()
-    narrow = [cache.to(stored) for cache in (call.k_cache, call.v_cache)]
-    read = [cache.to(torch.float32) for cache in narrow]
-    scales = {"softmax_scale": call.softmax_scale * 0.5, "v_scale": 2.0}
-    out, _ = module.prefill(call.q, *narrow, call.plan, **scales)
-    expected = Call(call.q, read[0] * 0.5, read[1] * 2, call.plan, call.mask, call.softmax_scale)
-    assert_within_budget(out, expected)
+def test_flash_on_an_fp8_cache(stored: torch.dtype) -> None:
+    for call in batch_calls():
+        narrow = [cache.to(stored) for cache in (call.k_cache, call.v_cache)]
+        read = [cache.to(torch.float32) for cache in narrow]
+        scales = {"softmax_scale": call.softmax_scale * 0.5, "v_scale": 2.0}
+        out, _ = flash.prefill(call.q, *narrow, call.plan, **scales)
+        expected = Call(
+            call.q, read[0] * 0.5, read[1] * 2, call.plan, call.mask, call.softmax_scale
+        )
+        assert_within_budget(out, expected)
 
 
 @pytest.mark.usefixtures("emulated_flash")
-@pytest.mark.parametrize("module", [flash, flash_merged])
-def test_batch_order_changes_no_bit(module: types.ModuleType) -> None:
+def test_batch_order_changes_no_bit() -> None:
     batch = video_batch()
     call = batch_call(batch, num_q_heads=14, num_kv_heads=2, dtype=torch.bfloat16)
     order = [2, 0, 3, 1]
@@ -183,19 +166,13 @@ def test_batch_order_changes_no_bit(module: types.ModuleType) -> None:
         batch.req_to_token,
         batch.req_pool_indices[order],
     )
-    assert shuffled.plan.shared != call.plan.shared
     rows = torch.arange(call.plan.total_q).split(batch.extend_lens)
     places = torch.cat([rows[i] for i in order])
     scales = {"softmax_scale": call.softmax_scale, "v_scale": 1.0}
-    out, lse = module.prefill(call.q, call.k_cache, call.v_cache, call.plan, **scales)
-    again = module.prefill(call.q[places], call.k_cache, call.v_cache, shuffled.plan, **scales)
+    out, lse = flash.prefill(call.q, call.k_cache, call.v_cache, call.plan, **scales)
+    again = flash.prefill(call.q[places], call.k_cache, call.v_cache, shuffled.plan, **scales)
     assert torch.equal(again[0], out[places])
     assert torch.equal(again[1], lse[:, places])
-
-
-def test_gathered_keys_fit_their_room() -> None:
-    q, cache = torch.empty(1, 28, 128, dtype=torch.bfloat16), torch.empty(1, 4, 128)
-    assert flash.gathered_keys(q, cache) * 2 * 4 * 128 * 2 == flash.GATHERED_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -224,27 +201,20 @@ def parameters_in_file(package: str, file: str, function: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("package", "file", "lse"),
+    ("package", "file", "emulated"),
     [
-        ("sglang-kernel", "sgl_kernel/flash_attn.py", "return_softmax_lse"),
-        ("flash-attn-4", "flash_attn/cute/interface.py", "return_lse"),
+        ("sglang-kernel", "sgl_kernel/flash_attn.py", flash_attn_varlen_func),
+        ("sglang-kernel", "sgl_kernel/flash_attn.py", flash_attn_with_kvcache),
+        ("flash-attn-4", "flash_attn/cute/interface.py", flash_attn_4_varlen_func),
     ],
 )
-def test_flash_arguments_exist(package: str, file: str, lse: str) -> None:
-    own = set(inspect.signature(flash_attn_varlen_func).parameters)
-    others = {"return_softmax_lse", "return_lse", "return_attn_probs"} - {lse}
-    assert own - others <= parameters_in_file(package, file, "flash_attn_varlen_func")
-    assert lse in {library.lse_argument for library in flash.LIBRARIES}
-
-
-@pytest.mark.parametrize("method", ["plan", "run"])
-def test_flashinfer_arguments_exist(method: str) -> None:
-    library = pytest.importorskip("flashinfer")
-    real = inspect.signature(getattr(library.BatchPrefillWithPagedKVCacheWrapper, method))
-    own = inspect.signature(getattr(PlannedPrefillWrapper, method))
-    assert set(own.parameters) <= set(real.parameters)
-    positional = [n for n, p in own.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == list(real.parameters)[: len(positional)]
+def test_flash_arguments_exist(package: str, file: str, emulated: Callable) -> None:
+    own = set(inspect.signature(emulated).parameters) - {"_unused"}
+    if emulated is flash_attn_varlen_func:  # the names that it has for the other releases
+        own -= {"return_lse", "return_attn_probs"}
+    name = emulated.__name__.replace("_4_", "_")
+    assert own <= parameters_in_file(package, file, name)
+    assert {library.lse_argument for library in flash.LIBRARIES} & own
 
 
 # --- The choice ----------------------------------------------------------------------------------
@@ -265,23 +235,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
         for module in (flash, choice):
             monkeypatch.setattr(module, "is_installed", lambda name: name.startswith(libraries))
-        choice.missing_library.cache_clear()
 
-    yield pretend
-    choice.missing_library.cache_clear()
+    return pretend
 
 
 @pytest.mark.parametrize(
     ("capability", "libraries", "expected"),
     [
-        ((9, 0), ("sgl_kernel", "triton", "flashinfer"), "flash"),
-        ((9, 0), ("triton", "flashinfer"), "triton"),
+        ((9, 0), ("sgl_kernel", "triton"), "flash"),
+        ((9, 0), ("triton",), "triton"),
         ((8, 6), ("sgl_kernel", "triton"), "triton"),
         ((8, 0), ("flash_attn.flash", "triton"), "flash"),
         ((10, 0), ("flash_attn.cute", "triton"), "flash"),
-        ((12, 0), ("flashinfer",), "flashinfer"),
         ((9, 0), (), "sdpa"),
-        ((7, 5), ("triton", "flashinfer", "flash_attn"), "sdpa"),
+        ((7, 5), ("triton", "flash_attn"), "sdpa"),
     ],
 )
 def test_auto_goes_by_capability_and_libraries(
@@ -293,7 +260,7 @@ def test_auto_goes_by_capability_and_libraries(
 
 
 def test_auto_goes_by_dtype_and_width(machine: Callable[..., None]) -> None:
-    machine((9, 0), "sgl_kernel", "triton", "flashinfer")
+    machine((9, 0), "sgl_kernel", "triton")
     assert chosen_implementation(*[OnGpu(dtype=torch.float32)] * 3) == "triton"
     assert chosen_implementation(*[OnGpu(head_dim=512)] * 3) == "sdpa"
     narrow = OnGpu(head_dim=64)
@@ -325,7 +292,6 @@ def test_auto_on_the_cpu_says_what_it_took(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize(
     ("impl", "capability", "error", "message"),
     [
-        ("flashinfer", (9, 0), ModuleNotFoundError, "pip install flashinfer-python"),
         ("triton", (9, 0), ModuleNotFoundError, "pip install triton"),
         ("flash", (9, 0), ValueError, "pip install sglang-kernel or pip install flash-attn-4"),
         ("flash", (7, 0), ValueError, r"compute capability \(7, 0\): none exists"),
@@ -339,9 +305,41 @@ def test_a_missing_library_names_its_install_command(
         choice.require(impl, *[OnGpu()] * 3)
 
 
-@pytest.mark.parametrize("impl", set(IMPLEMENTATIONS) - {"reference", "sdpa"})
+@pytest.mark.parametrize("impl", [i for i in IMPLEMENTATIONS if i not in ("reference", "sdpa")])
 def test_no_gpu_is_refused(impl: str) -> None:
     plan, mask = random_plan([(3, 5)], num_slots=8)
     call = random_call(plan, mask)
     with pytest.raises(ValueError, match=f"impl '{impl}': expected tensors on a CUDA GPU"):
         pevlm_prefill(call.q, call.k_cache, call.v_cache, plan, impl=impl)
+
+
+# --- Nothing is looked up on a layer's path ------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", CAPABILITIES)
+def test_a_bound_kernel_looks_nothing_up(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """From its second call on; FlashAttention-2 is found at the second name."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: CAPABILITIES[version])
+    (call, _) = batch_calls(torch.bfloat16)
+    took: list[list[str]] = []
+    with recorded_lookups() as lookups:
+        for _ in range(2):
+            lookups.clear()
+            assert flash.refusal(*[OnGpu()] * 3) is None
+            assert bound("flash")(call.q, call.k_cache, call.v_cache, call.plan)
+            took.append(list(lookups))
+    assert "import_module pevlm_kernels.flash" in took[0]
+    assert any(lookup.startswith("find_spec ") for lookup in took[0])
+    assert not took[1]
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+def test_the_door_looks_up_once(impl: str) -> None:
+    q = torch.zeros(3, 2, 16)
+    plan, _ = random_plan([(3, 3)], num_slots=3)
+    with recorded_lookups() as lookups:
+        pevlm_prefill(q, q, q, plan, impl=impl)
+        assert lookups
+        lookups.clear()
+        pevlm_prefill(q, q, q, plan, impl=impl)
+        assert not lookups

@@ -8,11 +8,10 @@ import os
 import pytest
 import torch
 
-from pevlm_kernels import IMPLEMENTATIONS, packed_plan, pevlm_attention
+from pevlm_kernels import IMPLEMENTATIONS, merge, packed_plan, pevlm_attention
 from pevlm_kernels.choice import refusal
-from pevlm_kernels.merge import merge_states
 from pevlm_kernels.reference import masked_attention_lse
-from pevlm_kernels.testing import Call, assert_within_budget, random_call
+from support.kernel_calls import Call, assert_within_budget, random_call
 
 Blocks = tuple[tuple[int, int], ...]
 
@@ -104,48 +103,36 @@ def test_block_of_4096(impl: str) -> None:
     assert_within_budget(attention(call, impl, *layout[1:]), call)
 
 
-@pytest.mark.parametrize(
-    "by",
-    ["triton"] if INTERPRETED else ["torch", pytest.param("triton on cuda", marks=pytest.mark.gpu)],
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_of_two_sets_of_keys(by: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("at_once", [merge.MERGED_BYTES, 1])
+def test_merge_of_two_sets_of_keys(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: int
+) -> None:
     """Half of the keys and the other half give what all of them give; weights far apart too."""
+    monkeypatch.setattr(merge, "MERGED_BYTES", at_once)
     generator = torch.Generator().manual_seed(0)
-    device = "cuda" if "cuda" in by else "cpu"
-    q, k, v = (torch.randn(77, 3, 80, generator=generator).to(device, dtype) for _ in range(3))
-    k[:40] += torch.linspace(0, 30, 40, device=device).to(dtype)[:, None, None]
-    every = torch.ones(77, 77, dtype=torch.bool, device=device)
+    q, k, v = (torch.randn(77, 3, 80, generator=generator).to(dtype) for _ in range(3))
+    k[:40] += torch.linspace(0, 30, 40).to(dtype)[:, None, None]
+    every = torch.ones(77, 77, dtype=torch.bool)
     expected, expected_lse = masked_attention_lse(q, k, v, every, softmax_scale=0.3)
     (out, lse), (other, other_lse) = (
         masked_attention_lse(q, k[half], v[half], every[:, half], softmax_scale=0.3)
         for half in (slice(40), slice(40, 77))
     )
-    wide = torch.full((6, 77), torch.nan, device=device)
+    wide = torch.full((6, 77), torch.nan)
     wide[::2] = lse
-    if INTERPRETED:
-        from pevlm_kernels.triton_prefill import merge_in_place
-
-        merged, merged_lse = out, wide[::2]
-        merge_in_place(merged, merged_lse, other, other_lse)
-    else:
-        merged, merged_lse = merge_states(out, wide[::2], other, other_lse)
+    merge.merge_states(out, wide[::2], other, other_lse)
     # A log-sum-exp of 100 is known to 1e-5, and so is the weight that it gives.
     tolerance = max(4 * torch.finfo(dtype).eps, 3e-5)
-    torch.testing.assert_close(merged, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(merged_lse, expected_lse, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(wide[::2], expected_lse, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_seams_are_the_slots(layout: tuple) -> None:
-    """The two forms of a packed plan say the same."""
+def test_full_sequences_see_everything_before_them(layout: tuple) -> None:
     plan = packed_plan(*layout, torch.device("cpu"))
-    assert plan.total_q == layout[0]
-    rows = [
-        torch.arange(m) + torch.where(torch.arange(m) >= seam, shift, 0)
-        for m, (seam, shift) in zip(plan.seqlens_k, plan.seams.tolist(), strict=True)
-    ]
-    assert torch.equal(torch.cat(rows), plan.kv_indices)
+    ends = torch.tensor(plan.seqlens_q).cumsum(0).tolist()
+    assert plan.full == tuple(m == end for m, end in zip(plan.seqlens_k, ends, strict=True))
 
 
 @pytest.mark.parametrize("blocks", [(), ((10, 50),), ((10, 90),)])

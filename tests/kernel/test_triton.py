@@ -14,6 +14,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "at_least"), [("test_implementations.py", 80), ("test_packed.py", 20)]
 )

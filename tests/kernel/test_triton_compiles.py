@@ -10,10 +10,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pevlm_kernels.triton_kernels import attend, merge  # noqa: E402
+from pevlm_kernels.triton_kernels import attend  # noqa: E402
 from pevlm_kernels.triton_prefill import (  # noqa: E402
     LARGE_BYTES,
-    MERGED_ROWS,
     SMALL_BYTES,
     Tiling,
     candidates,
@@ -38,17 +37,16 @@ def compiled(
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     sizes: Tiling,
-    has_seams: bool,
 ) -> object:
     """The kernel as :func:`pevlm_kernels.triton_prefill.prefill` specialises it for aligned tensors
     with seven query heads for each key-value head."""
-    constexprs = {**constants(7, width, width, sizes), "HAS_SEAMS": has_seams}
+    constexprs = constants(7, width, width, sizes)
     types = dict.fromkeys(constexprs, "constexpr")
     types |= {name: "i32" for name in attend.arg_names if name.startswith("stride")}
     types |= dict.fromkeys(("q_ptr", "out_ptr"), f"*{NAMES[dtype]}")
     types |= dict.fromkeys(("k_ptr", "v_ptr"), f"*{NAMES[cache_dtype]}")
     types |= dict.fromkeys(("tiles_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")
-    types |= {"rows_ptr": "*i32" if has_seams else "*i64", "lse_ptr": "*fp32"}
+    types |= {"slots_ptr": "*i64", "lse_ptr": "*fp32"}
     types |= {"scale_log2": "fp32", "v_scale": "fp32"}
     aligned = [n for n in attend.arg_names if n.endswith("_ptr") or n.startswith("stride")]
     source = ASTSource(
@@ -65,20 +63,15 @@ def compiled(
 
 
 CASES = [
-    *(
-        (width, dtype, dtype, False)
-        for width in WIDTHS
-        for dtype in (torch.bfloat16, torch.float32)
-    ),
-    (128, torch.bfloat16, torch.bfloat16, True),
-    (128, torch.float16, torch.float16, False),
-    (128, torch.bfloat16, torch.float8_e5m2, False),
-    (128, torch.bfloat16, torch.float8_e4m3fn, False),
+    *((width, dtype, dtype) for width in WIDTHS for dtype in (torch.bfloat16, torch.float32)),
+    (128, torch.float16, torch.float16),
+    (128, torch.bfloat16, torch.float8_e5m2),
+    (128, torch.bfloat16, torch.float8_e4m3fn),
 ]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "width", "dtype", "cache_dtype", "has_seams"),
+    ("architecture", "width", "dtype", "cache_dtype"),
     [
         (architecture, *case)
         for architecture in SMALLEST
@@ -91,25 +84,9 @@ def test_compiles_and_fits(
     width: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
-    has_seams: bool,
 ) -> None:
     limit = SMALLEST[architecture]
     for sizes in candidates(width, dtype, limit):
-        kernel = compiled(architecture, width, dtype, cache_dtype, sizes, has_seams)
+        kernel = compiled(architecture, width, dtype, cache_dtype, sizes)
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= limit, sizes
-
-
-@pytest.mark.parametrize("architecture", SMALLEST)
-def test_merge_compiles(architecture: int) -> None:
-    constexprs = {"HEAD_DIM": 80, "BLOCK_D": 128, "BLOCK_M": MERGED_ROWS}
-    types = dict.fromkeys(merge.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
-    types |= {
-        "out_ptr": "*bf16",
-        "other_ptr": "*bf16",
-        "lse_ptr": "*fp32",
-        "other_lse_ptr": "*fp32",
-    }
-    positions = {(merge.arg_names.index(name),): value for name, value in constexprs.items()}
-    source = ASTSource(merge, types, constexprs=positions)
-    assert triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["cubin"]

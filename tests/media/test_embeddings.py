@@ -452,3 +452,18 @@ def test_changed_seam_is_refused(start: Start, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(mm_schedule.MultiModalStaticCache, "get_single")
     with pytest.raises(UnsupportedError, match="embedding cache has no get_single"):
         start()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, MEGABYTE])
+def test_forgotten_embeddings_are_encoded_anew(start: Start, cache_bytes: int) -> None:
+    """Weights change in the middle of a prefill, and before the same video comes again."""
+    scheduler = start(cache_bytes=cache_bytes)
+    request = Request.of(Medium([40]))
+    scheduler.forward((request, 0, 20))
+    scheduler.holder.forget()
+    assert (scheduler.holder.num_bytes, len(mm_schedule.embedding_cache)) == (0, 0)
+    scheduler.forward((request, 20, len(request.ids)))
+    assert len(scheduler.model.runs) == 2
+    scheduler.holder.forget()
+    scheduler.prefill(Request.of(Medium([40])), 100)
+    assert len(scheduler.model.runs) == 3

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import openai
 import pytest
 from accuracy.edges import LAST, LATE_CODE, SECOND
 from accuracy.server_gate import (
@@ -20,10 +19,9 @@ from accuracy.server_gate import (
     Item,
     answers,
     items,
-    pairs_saved,
 )
-from openai_api import connect
 
+from pevlm_sglang.tune.client import Client
 from support.broken_masks import BREAKAGES, MARK, plugin_path
 from support.server import Server
 
@@ -35,7 +33,7 @@ FEW = 12  # natural videos are enough to see that a mask is broken
 class Asked:
     """A server that can break its mask, and its answers under full attention."""
 
-    client: openai.OpenAI
+    client: Client
     items: list[Item]
     full: list[bool]
 
@@ -46,17 +44,17 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     path = f"{plugin_path(work)}:{os.environ.get('PYTHONPATH', '')}"
     flags = ("--attention-backend", "pevlm", *SERVER_FLAGS)
     with Server(MODEL, *flags, env={"PYTHONPATH": path}) as server:
-        client = connect(server.url)
+        client = Client(server.url)
         questions = items(work)
         full = answers(client, questions, FULL)
-        assert pairs_saved(client) == 0
+        assert client.counters().pairs_saved == 0
         yield Asked(client, questions, full)
 
 
 def test_green(asked: Asked) -> None:
     pevlm = answers(asked.client, asked.items, PEVLM)
     compared = Comparison(asked.items, asked.full, pevlm)
-    assert pairs_saved(asked.client) > 0
+    assert asked.client.counters().pairs_saved > 0
     print(compared.table(), file=sys.stderr)
     assert not compared.failures(), compared.table()
 

@@ -108,12 +108,12 @@ def test_requests_together(exchange: Exchange, clip: Clip) -> None:
 
 @pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
 def test_upstream_cache_serves_repeats(exchange: Exchange, clip: Clip) -> None:
-    """What fits into SGLang's own cache stays there; this server has it at its default."""
-    question = about(clip(29, seed=3))
-    for runs in (1, 0):
-        exchange.flush()
+    """What fits into SGLang's own cache stays there; this server has it at its default. Another
+    setting shares no keys, and the embedding all the same."""
+    exchange.flush()
+    for runs, setting in ((1, Setting(4, 4)), (0, Setting(2, 6))):
         with Runs(exchange) as seen:
-            exchange.check(question)
+            exchange.check(about(clip(29, seed=3), setting=setting))
         assert (seen.runs, seen.held) == (runs, 0)
 
 

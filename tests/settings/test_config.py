@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pevlm_sglang.settings import flags as arguments
-from pevlm_sglang.settings.config import BASE_BACKENDS, MAX_FRAMES, PevlmConfig, load_file, resolve
+from pevlm_sglang.settings.config import (
+    BASE_BACKENDS,
+    MAX_FRAMES,
+    PevlmConfig,
+    find_file,
+    load_file,
+    preset_names,
+    resolve,
+)
 from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requested
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
@@ -154,6 +163,44 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match=r"binary\.yaml: not valid YAML"):
         resolve(tmp_path / "binary.yaml", {})
+
+
+# --- Presets -------------------------------------------------------------------------------------
+
+
+def test_presets_of_the_package_are_those_of_configs() -> None:
+    """Also where the package is installed: the folder in it is a link in a checkout alone."""
+    configs = Path(__file__).parents[2] / "configs"
+    assert set(preset_names()) == {path.stem for path in configs.iterdir()}
+    for name in preset_names():
+        assert find_file(name).read_text() == (configs / f"{name}.yaml").read_text()
+
+
+def test_presets() -> None:
+    assert {name: resolve(name, {}) for name in preset_names()} == {
+        "accuracy": PevlmConfig(sink_frames=16, block_frames=16),
+        "low-latency": PevlmConfig(sink_frames=2, block_frames=16),
+    }
+    assert resolve("low-latency", {"sink_frames": 4}).sink_frames == 4
+
+
+@pytest.mark.parametrize("name", ["lowlatency", "Accuracy", "accuracy ", "fast", "", ".accuracy"])
+def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
+    message = f"pevlm config '{name}': expected a preset (accuracy, low-latency) or the path"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(name, {})
+
+
+def test_a_path_stays_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the current folder never takes a preset's place, nor a preset a path's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("accuracy", "accuracy.yaml"):
+        (tmp_path / name).write_text("sink_frames: 7")
+    for path in ("./accuracy", "accuracy.yaml", str(tmp_path / "accuracy"), Path("accuracy")):
+        assert resolve(path, {}).sink_frames == 7
+    assert resolve("accuracy", {}).sink_frames == 16
+    with pytest.raises(ValueError, match=r"low-latency\.yaml: cannot be read"):
+        resolve("low-latency.yaml", {})
 
 
 # --- One request ---------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from pevlm_sglang.settings.refusals import (
     REFUSALS,
     UnsupportedError,
     check_server_args,
-    prefill_kernel,
 )
 
 CONFIG = PevlmConfig()
@@ -87,23 +86,17 @@ def test_deterministic_inference_wants_a_base_kernel(base: str | None) -> None:
         check_server_args(args, CONFIG)
     args.prefill_attention_backend = "fa3"
     check_server_args(args, CONFIG)
-    assert prefill_kernel(args, CONFIG) == "base"
     check_server_args(args, PevlmConfig(prefill_kernel="base"))
     with pytest.raises(UnsupportedError, match=r"--pevlm-prefill-kernel: expected base .* flash$"):
         check_server_args(args, PevlmConfig(prefill_kernel="flash"))
 
 
-def test_kernel_is_as_asked_for() -> None:
-    assert prefill_kernel(server_args(), CONFIG) == "auto"
-    assert prefill_kernel(server_args(), PevlmConfig(prefill_kernel="flash")) == "flash"
-
-
 def test_unknown_base_backend_is_refused() -> None:
-    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.attention.bases import attach
     from pevlm_sglang.observe.observer import Observer
 
     with pytest.raises(UnsupportedError, match=r"attention backend SimpleNamespace: PEVLM cannot"):
-        put_on(
+        attach(
             SimpleNamespace(),
             Observer(log=False, metrics=False),
             layers=[],
@@ -115,10 +108,10 @@ def test_torch_native_on_a_gpu_is_refused() -> None:
     """Its kernel runs on the CPU; the first long video would end the scheduler."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    from pevlm_sglang.attention.bases import put_on
+    from pevlm_sglang.attention.bases import attach
     from pevlm_sglang.observe.observer import Observer
 
     backend = object.__new__(TorchNativeAttnBackend)
     backend.device = "cuda"
     with pytest.raises(UnsupportedError, match="torch_native on cuda: "):
-        put_on(backend, Observer(log=False, metrics=False), layers=[], dtype=torch.float32)
+        attach(backend, Observer(log=False, metrics=False), layers=[], dtype=torch.float32)

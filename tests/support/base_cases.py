@@ -27,7 +27,7 @@ from pevlm_sglang.observe.observer import Observer, RequestLayout
 from support import emulated_kernels
 
 HEAD_DIM = 32
-WITHOUT_FP8 = ("base", "flash_paged")  # the base's numerics are its own; the other refuses fp8
+WITHOUT_FP8 = ("base",)  # its numerics are its own
 TOLERANCE = 2e-5  # fp32, a hidden size of 64
 
 
@@ -54,7 +54,7 @@ def main(base: str, *kernels: str) -> None:
 
 
 def dense_cases(base: str) -> Any:
-    """SGLang's dense kit through a backend with PEVLM put on: text requests are untouched."""
+    """SGLang's dense kit through a backend with PEVLM attached: text requests are untouched."""
     for case in _kit().make_dense_cases(base):
         if base in emulated_kernels.BASES and case.forward_mode.is_decode():
             continue  # decode is the base's own, and its kernels are not emulated
@@ -210,8 +210,8 @@ class _NoSkip(unittest.TestCase):
 
 
 def _fixture(case: Any, kernel: str = "auto") -> Any:
-    from pevlm_sglang.attention.bases import put_on
-    from pevlm_sglang.settings.refusals import attention_layers
+    from pevlm_sglang.attention.bases import attach
+    from pevlm_sglang.attention.kernel_choice import attention_layers
 
     fixture = _kit().build_dense_attention_fixture(
         _NoSkip(),
@@ -223,7 +223,7 @@ def _fixture(case: Any, kernel: str = "auto") -> Any:
         loc_layout="shuffled_pages",
     )
     fixture.backend.is_multimodal = True  # the kit's model is text
-    put_on(
+    attach(
         fixture.backend,
         Observer(log=False, metrics=False),
         layers=attention_layers(fixture.actual_module),

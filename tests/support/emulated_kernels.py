@@ -7,10 +7,9 @@ kernels would (int32 tables, rows that fit the lengths) and say nothing about sp
 
 from __future__ import annotations
 
-import math
 import sys
 import types
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,44 +28,61 @@ def flash_attn_varlen_func(
     v: torch.Tensor,
     *,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
-    seqused_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
     return_softmax_lse: bool = False,
     return_lse: bool = False,
     return_attn_probs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The arguments that FlashAttention-2, 3 and 4 share, and what each calls the log-sum-exp."""
     assert return_softmax_lse + return_lse + return_attn_probs == 1
-    assert q.dtype == k.dtype == v.dtype
-    lengths_q = cu_seqlens_q.diff().tolist()
+    assert cu_seqlens_k.dtype == torch.int32
+    assert int(cu_seqlens_k[-1]) == len(k) == len(v), "the sequences tile the keys"
+    keys = torch.arange(len(k)).split(cu_seqlens_k.diff().tolist())
+    assert max_seqlen_k == max(map(len, keys))
+    return _flash(q, k, v, keys, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+
+
+def flash_attn_4_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-4's, which pages too."""
     if page_table is None:
         assert cu_seqlens_k is not None
-        assert cu_seqlens_k.dtype == torch.int32
-        assert int(cu_seqlens_k[-1]) == len(k) == len(v), "the sequences tile the keys"
-        keys = list(torch.arange(len(k)).split(cu_seqlens_k.diff().tolist()))
-    else:
-        assert seqused_k is not None
-        assert cu_seqlens_k is None
-        assert page_table.dtype == seqused_k.dtype == torch.int32
-        assert k.shape[1] == v.shape[1] == 1, "pages of one token"
-        k, v = k[:, 0], v[:, 0]
-        keys = [row[:m].long() for row, m in zip(page_table, seqused_k.tolist(), strict=True)]
-    assert cu_seqlens_q.dtype == torch.int32
-    assert int(cu_seqlens_q[-1]) == len(q)
-    assert max_seqlen_q == max(lengths_q), "tiles beyond max_seqlen_q are never computed"
-    assert max_seqlen_k == max(map(len, keys))
-    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[1::-1], torch.nan)
-    for rows, own in zip(torch.arange(len(q)).split(lengths_q), keys, strict=True):
-        mask = _bottom_right_causal(len(rows), len(own), causal)
-        out[rows], lse[:, rows] = masked_attention_lse(
-            q[rows], k[own], v[own], mask, softmax_scale=softmax_scale
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            return_lse=return_lse,
         )
-    return out, lse
+    assert return_lse
+    assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
+    assert seqused_k is not None
+    assert max_seqlen_k == max(seqused_k.tolist())
+    slots = _paged_slots(k, v, page_table, seqused_k, cu_seqlens_q)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    return _flash(q, k, v, slots, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
 
 
 def flash_attn_with_kvcache(
@@ -82,32 +98,79 @@ def flash_attn_with_kvcache(
     causal: bool,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
+    return_softmax_lse: bool = False,
     **_unused: Any,
-) -> torch.Tensor:
-    """FlashAttention-3's paged interface (sgl_kernel.flash_attn)."""
-    for name, tensor in (
-        ("page_table", page_table),
-        ("cache_seqlens", cache_seqlens),
-        ("cu_seqlens_q", cu_seqlens_q),
-    ):
-        assert tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}"
-    num_seqs = len(cache_seqlens)
-    assert page_table.shape[0] == len(cu_seqlens_q) - 1 == num_seqs
+) -> Any:
+    """FlashAttention-3's paged interface (sgl_kernel.flash_attn): pages of any size."""
     for descale in (k_descale, v_descale):
-        assert descale is None or descale.shape == (num_seqs, k_cache.shape[2])
+        assert descale is None or descale.shape == (len(cache_seqlens), k_cache.shape[2])
+    slots = _paged_slots(k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q)
+    k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    out, lse = _flash(q, k, v, slots, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _paged_slots(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The rows of each sequence's keys, as the pages say."""
+    page_size = k_cache.shape[1]
+    assert page_table.dtype == seqlens_k.dtype == torch.int32
+    assert page_table.dim() == 2
+    assert page_table.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
+    assert page_table.shape[0] == len(cu_seqlens_q) - 1 == len(seqlens_k)
+    assert seqlens_k.is_contiguous()
+    assert v_cache.shape[:3] == k_cache.shape[:3]
+    assert int(seqlens_k.max()) <= page_table.shape[1] * page_size, "keys beyond the table"
+    assert 0 <= int(page_table.min()) <= int(page_table.max()) < len(k_cache), "no such page"
+    within = torch.arange(page_size)
+    return [
+        (row[: -(-m // page_size), None].long() * page_size + within).flatten()[:m]
+        for row, m in zip(page_table, seqlens_k.tolist(), strict=True)
+    ]
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert q.dtype == k.dtype == v.dtype
+    assert cu_seqlens_q.dtype == torch.int32
+    assert int(cu_seqlens_q[0]) == 0
+    assert int(cu_seqlens_q[-1]) == len(q)
     lengths_q = cu_seqlens_q.diff().tolist()
     assert max_seqlen_q >= max(lengths_q), "tiles beyond max_seqlen_q are never computed"
-    assert int(cu_seqlens_q[-1]) == len(q)
-    page_size = k_cache.shape[1]
-    out = torch.full_like(q, torch.nan)
-    for i, (n, m) in enumerate(zip(lengths_q, cache_seqlens.tolist(), strict=True)):
-        pages = page_table[i, : -(-m // page_size)].long()
-        k = k_cache[pages].flatten(0, 1)[:m]
-        v = v_cache[pages].flatten(0, 1)[:m]
-        rows = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i]) + n)
-        mask = _bottom_right_causal(n, m, causal)
-        out[rows] = masked_attention(q[rows], k, v, mask, softmax_scale=softmax_scale)
-    return out
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[1::-1], torch.nan)
+    for rows, own in zip(torch.arange(len(q)).split(lengths_q), keys, strict=True):
+        mask = _bottom_right_causal(len(rows), len(own), causal)
+        out[rows], lse[:, rows] = masked_attention_lse(
+            q[rows], k[own], v[own], mask, softmax_scale=softmax_scale
+        )
+    return out, lse
+
+
+FLASH = {
+    "sgl_kernel.flash_attn": types.SimpleNamespace(
+        flash_attn_varlen_func=flash_attn_varlen_func,
+        flash_attn_with_kvcache=flash_attn_with_kvcache,
+    ),
+    "flash_attn.cute": types.SimpleNamespace(flash_attn_varlen_func=flash_attn_4_varlen_func),
+    "flash_attn.flash_attn_interface": types.SimpleNamespace(
+        flash_attn_varlen_func=flash_attn_varlen_func
+    ),
+}
+"""The modules of ``pevlm_kernels.flash.LIBRARIES``. That of FlashAttention-2 has no pages; its own
+would have to hold a multiple of 256 tokens."""
 
 
 class PagedPrefillWrapper:
@@ -160,64 +223,6 @@ class PagedPrefillWrapper:
         return out
 
 
-class PlannedPrefillWrapper:
-    """``flashinfer.BatchPrefillWithPagedKVCacheWrapper`` by its own names, ``plan`` and ``run``."""
-
-    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str) -> None:
-        self.inner = PagedPrefillWrapper(float_workspace_buffer, kv_layout)
-
-    def plan(
-        self,
-        qo_indptr: torch.Tensor,
-        paged_kv_indptr: torch.Tensor,
-        paged_kv_indices: torch.Tensor,
-        paged_kv_last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim_qk: int,
-        page_size: int,
-        *,
-        causal: bool,
-        sm_scale: float,
-        q_data_type: torch.dtype,
-        kv_data_type: torch.dtype,
-    ) -> None:
-        assert causal
-        self.sm_scale, self.dtypes = sm_scale, (q_data_type, kv_data_type)
-        self.inner.begin_forward(
-            qo_indptr,
-            paged_kv_indptr,
-            paged_kv_indices,
-            paged_kv_last_page_len,
-            num_qo_heads,
-            num_kv_heads,
-            head_dim_qk,
-            page_size,
-        )
-
-    def run(
-        self,
-        q: torch.Tensor,
-        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
-        *,
-        v_scale: float | None,
-        return_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert return_lse
-        k, v = (part[:, 0] for part in paged_kv_cache)
-        assert (q.dtype, k.dtype) == self.dtypes
-        q_at, k_at, indices = self.inner.plan
-        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-        for i in range(len(q_at) - 1):
-            rows, slots = slice(q_at[i], q_at[i + 1]), indices[k_at[i] : k_at[i + 1]]
-            mask = _bottom_right_causal(q_at[i + 1] - q_at[i], len(slots), True)
-            out[rows], natural = masked_attention_lse(
-                q[rows], k[slots], v[slots], mask, softmax_scale=self.sm_scale, v_scale=v_scale or 1
-            )
-            lse[rows] = natural.T / math.log(2)
-        return out, lse
-
-
 def trtllm_batch_context_with_kv_cache(
     *,
     query: torch.Tensor,
@@ -245,13 +250,15 @@ def trtllm_batch_context_with_kv_cache(
     return out
 
 
-def install_pevlm_flash() -> None:
-    """Stand in for what ``pevlm_kernels`` imports of FlashAttention."""
-    from pevlm_kernels import flash, flash_merged, flash_paged
+def install_pevlm_flash(version: int) -> None:
+    """Stand in for what ``pevlm_kernels`` imports of a release of FlashAttention."""
+    from pevlm_kernels import flash
 
-    for module in (flash, flash_merged, flash_paged):
-        vars(module)["refusal"] = lambda *tensors: None
-    flash.varlen = lambda device: partial(flash._call, flash_attn_varlen_func, "return_lse")
+    (library,) = [library for library in flash.LIBRARIES if library.version == version]
+    vars(flash)["refusal"] = lambda *tensors: None
+    vars(flash)["library_on"] = lambda device: library
+    vars(flash)["pages_on"] = lambda device: bool(library.paged)
+    vars(flash)["_load"] = FLASH.__getitem__
 
 
 def install_flash_attention() -> None:
@@ -317,9 +324,12 @@ BASES = {
 }
 """Base backends that run on emulated kernels."""
 
+FLASH_VERSIONS = {"fa3": 3, "fa4": 4, "flashinfer": 2, "trtllm_mha": 4}
+"""The release under PEVLM's own kernel on them, so that each has a base."""
+
 
 def install(base: str) -> None:
     """Stand in for all that a base backend needs, and PEVLM on it."""
     if base in BASES:
         BASES[base]()
-        install_pevlm_flash()
+        install_pevlm_flash(FLASH_VERSIONS[base])

@@ -1,15 +1,15 @@
 """The mixin on SGLang's attention backend: plan in ``init_forward_metadata``, run in
 ``forward_extend``.
 
-A forward with LOCAL tokens stores its keys and values as the base does and hands the pool to
-:func:`pevlm_kernels.pevlm_prefill`, one path for every base; or, with the prefill kernel ``base``,
-the base runs its own kernel on metadata that its mixin in ``bases/`` has rewritten. Every other
+A forward with LOCAL tokens stores its keys and values as the base does and hands the pool to the
+kernel that was chosen at start, one path for every base; or, with the prefill kernel ``base``, the
+base runs its own kernel on metadata that its mixin in ``bases/`` has rewritten. Every other
 forward, decode, CUDA graphs and speculative decoding stay the base's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from pevlm_kernels import PrefillPlan, pevlm_prefill
+from pevlm_kernels import PrefillPlan
 from pevlm_sglang.attention.plan import VirtualSequence, build_plan, virtual_sequences
 from pevlm_sglang.observe.observer import TEXT, Observer, RequestLayout
 
@@ -80,9 +80,11 @@ class PevlmBackend(AttentionBackend):
     """Mixin in front of a base backend's class.
 
     Attributes:
-        pevlm_observer: set when the class is put on.
+        pevlm_observer: set when the mixin is attached.
         pevlm_kernel: what computes a forward with LOCAL tokens, an implementation of
             ``pevlm_kernels`` or ``base``; likewise.
+        pevlm_prefill: the former as a function, see :func:`pevlm_kernels.bound`; likewise.
+        pevlm_base: the base's name in the table of :mod:`pevlm_sglang.attention.kernel_choice`.
         pevlm_without_base: why this base's own kernel cannot run virtual sequences; empty where it
             can.
         pevlm_stores_scaled: whether the base divides keys and values by the layer's scales when it
@@ -91,6 +93,8 @@ class PevlmBackend(AttentionBackend):
 
     pevlm_observer: Observer
     pevlm_kernel: str
+    pevlm_prefill: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    pevlm_base: str
     pevlm_without_base: str = ""
     pevlm_stores_scaled: bool = True
     req_to_token_pool: Any
@@ -103,15 +107,6 @@ class PevlmBackend(AttentionBackend):
         Raises:
             UnsupportedError: a mode of the base that PEVLM cannot build on.
         """
-
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """The order of ``--pevlm-prefill-kernel auto`` on this base.
-
-        Args:
-            capability: of the GPU; None without one.
-            narrow: whether the cache holds another dtype than the model computes in (fp8).
-        """
-        raise NotImplementedError
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """SGLang's entry point of an eager forward, once before its layers."""
@@ -196,7 +191,7 @@ class PevlmBackend(AttentionBackend):
         k_cache = pool.get_key_buffer(layer.layer_id)
         # SGLang's pool divides by the scales only what it also has to round.
         scaled = scales and layer.k_scale is not None and k_cache.dtype != q.dtype
-        out: torch.Tensor = pevlm_prefill(
+        out, _ = self.pevlm_prefill(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             k_cache,
             pool.get_value_buffer(layer.layer_id),
@@ -204,7 +199,6 @@ class PevlmBackend(AttentionBackend):
             softmax_scale=layer.scaling,
             k_scale=layer.k_scale_float if scaled else 1.0,
             v_scale=layer.v_scale_float if scaled else 1.0,
-            impl=self.pevlm_kernel,
         )
         return out.view(q.shape[0], -1)
 

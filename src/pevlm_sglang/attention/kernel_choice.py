@@ -1,4 +1,5 @@
-"""Which kernel runs the virtual sequences of a server: decided once, on the constructed backend.
+"""Which kernel runs the virtual sequences of a server: decided once, on the constructed backend, by
+one table.
 
 A kernel that cannot take the server's tensors is refused before the server is ready, and the one
 that is taken has run once by then.
@@ -12,13 +13,72 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pevlm_kernels import PrefillPlan, pevlm_prefill
-from pevlm_kernels.choice import refusal
+from pevlm_kernels import PrefillPlan, bound
+from pevlm_kernels.choice import ON_GPU, refusal
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.settings.config import PevlmConfig
 
 BASE = "base"
 """The name of the base backend's own kernel, on rewritten metadata."""
+
+
+class Order(NamedTuple):
+    """What ``--pevlm-prefill-kernel auto`` tries on a base backend, in this order.
+
+    Attributes:
+        base: see :attr:`PevlmBackend.pevlm_base`.
+        generations: major compute capabilities of the GPU; None for any, and for none.
+        narrow: whether the cache holds another dtype than the model computes in (fp8); None for
+            either.
+    """
+
+    base: str
+    generations: tuple[int, ...] | None
+    narrow: bool | None
+    kernels: tuple[str, ...]
+
+
+# The first row that fits. All of it is a prediction; nothing was measured on a GPU.
+ORDERS = (
+    # Through pages of one token, FlashAttention-3 loads keys row by row (cp.async), in a row tile
+    # by tile (TMA), which exists from Hopper on. To lay those of sparse sequences in a row costs
+    # little: at 100k tokens with a sink and blocks of 4k, Qwen2.5-VL-7B's have 190k keys of 2 KiB,
+    # read and written once more: 0.8 GB a layer, 0.3 ms at 3 TB/s. The attention itself is 9e12
+    # operations, 15 ms at 600 TFLOP/s. Products in fp8 are twice as fast as in q's dtype, and those
+    # only the base computes.
+    Order("fa3", (9,), False, ("flash", BASE)),
+    Order("fa3", None, None, (BASE,)),
+    Order("fa4", None, None, ON_GPU),
+    # FlashInfer plans the same virtual sequences itself, so nothing is gained but on data-centre
+    # Blackwell: its paged kernel for pages of one token is Ampere's there, and FlashAttention-4 is
+    # written for that GPU's tensor cores.
+    Order("flashinfer", (10, 11), None, ("flash", BASE)),
+    Order("flashinfer", None, None, (BASE,)),
+    Order("trtllm_mha", None, None, ON_GPU),
+    # SGLang's kernel walks cached and new keys in two loops, with tiles that fit every GPU; PEVLM's
+    # walks them in one, starts the longest programs first and has tiles for each generation.
+    Order("triton", None, None, ("triton", BASE)),
+    # PyTorch's own operators; Triton's interpreter is for tests.
+    Order("torch_native", None, None, ("sdpa",)),
+)
+
+
+def preference(base: str, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
+    """The kernels of the first row that fits.
+
+    Args:
+        base, narrow: see :class:`Order`.
+        capability: of the GPU; None without one.
+    """
+    major = capability[0] if capability else None
+    return next(
+        row.kernels
+        for row in ORDERS
+        if row.base == base
+        and (row.generations is None or major in row.generations)
+        and row.narrow in (None, narrow)
+    )
 
 
 class Probe(NamedTuple):
@@ -55,7 +115,7 @@ def choose(
         device = probes[0].q.device if probes else torch.device("cpu")
         on_gpu = device.type == "cuda"
         capability = torch.cuda.get_device_capability(device) if on_gpu else None
-        order = backend.pevlm_preference(capability, narrow)
+        order = preference(backend.pevlm_base, capability, narrow)
     passed_over: list[str] = []
     for kernel in order:
         reason = _refusal(backend, layers, probes, kernel)
@@ -117,30 +177,26 @@ def _refusal(
 
 
 def _run_once(kernel: str, probe: Probe) -> None:
-    """Three queries, alone and two in a row, whose attention is known: equal weights on values 1.
+    """Two queries of a sparse sequence and one of a full one, whose attention is known: equal
+    weights on values 1.
 
     Raises:
         UnsupportedError: the kernel fails on this machine, or computes something else.
     """
     device = probe.q.device
     plan = PrefillPlan(
-        cu_seqlens_q=torch.tensor([0, 1, 3], dtype=torch.int32, device=device),
-        cu_seqlens_k=torch.tensor([0, 1, 3], dtype=torch.int32, device=device),
-        kv_indices=torch.tensor([1, 0, 1], device=device),
-        seqlens_q=(1, 2),
-        seqlens_k=(1, 2),
+        cu_seqlens_q=torch.tensor([0, 2, 3], dtype=torch.int32, device=device),
+        cu_seqlens_k=torch.tensor([0, 2, 4], dtype=torch.int32, device=device),
+        kv_indices=torch.tensor([0, 1, 1, 0], device=device),
+        seqlens_q=(2, 1),
+        seqlens_k=(2, 2),
+        full=(False, True),
     )
     try:
-        out, lse = pevlm_prefill(
-            probe.q,
-            probe.k_cache,
-            probe.v_cache,
-            plan,
-            softmax_scale=probe.scaling,
-            impl=kernel,
-            return_lse=True,
+        out, lse = bound(kernel)(
+            probe.q, probe.k_cache, probe.v_cache, plan, softmax_scale=probe.scaling
         )
-        expected = torch.tensor([0.0, 0.0, math.log(2)], device=device)
+        expected = torch.tensor([0.0, math.log(2), math.log(2)], device=device)
         right = bool((out == 1).all()) and bool(((lse - expected).abs() < 1e-2).all())
     except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
         raise UnsupportedError(
@@ -149,6 +205,25 @@ def _run_once(kernel: str, probe: Probe) -> None:
         ) from error
     if not right:
         raise UnsupportedError(
-            f"--pevlm-prefill-kernel {kernel}: expected attention of 1 to three equal keys, got "
+            f"--pevlm-prefill-kernel {kernel}: expected attention of 1 to equal keys, got "
             f"{out.flatten()[:3].tolist()}. Choose another with --pevlm-prefill-kernel"
         )
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """SGLang's attention layers with a KV cache on this rank."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def requested_kernel(resolved: Any, config: PevlmConfig) -> str:
+    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
+    whose results SGLang makes independent of the batch.
+
+    Args:
+        resolved: SGLang's resolved server arguments.
+        config: of the server.
+    """
+    deterministic = getattr(resolved, "enable_deterministic_inference", False)
+    return BASE if deterministic else config.prefill_kernel

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from pevlm_kernels.types import PrefillPlan, shared_keys, upload_lists
+from pevlm_kernels.types import PrefillPlan, upload_lists
 from pevlm_sglang.layout import Layout, Piece, Range
 
 
@@ -66,14 +66,13 @@ def build_plan(
     keys = [(sequence.row, sequence.piece.keys) for sequence in sequences]
     seqlens_q = tuple(sequence.piece.num_queries for sequence in sequences)
     lists = slot_lists(seqlens_q, keys, req_to_token, req_pool_indices)
-    pasts = ((row, ranges[:-1]) for row, ranges in keys)
     return PrefillPlan(
         cu_seqlens_q=lists.cu_seqlens_q,
         cu_seqlens_k=lists.cu_seqlens_k,
         kv_indices=lists.kv_indices,
         seqlens_q=seqlens_q,
         seqlens_k=lists.seqlens_k,
-        shared=shared_keys(((past, total_length(past[1])) for past in pasts), at_least=2),
+        full=tuple(sequence.piece.is_full for sequence in sequences),
     )
 
 

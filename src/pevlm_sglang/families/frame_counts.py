@@ -49,6 +49,15 @@ class FrameSettings(Settings):
         return dataclasses.replace(self, num_frames=frames, fps=wish.fps or self.fps)
 
 
+def evenly(total_frames: int, count: int) -> list[float]:
+    """Positions from the first frame to the last: ``np.linspace(0, total_frames - 1, count)``, to
+    the last bit, without numpy, which ``pevlm show`` does without."""
+    last = total_frames - 1
+    if count == 1:
+        return [0.0]
+    return [i * (last / (count - 1)) for i in range(count - 1)] + [float(last)]
+
+
 @dataclass(frozen=True)
 class FrameGeometry(Geometry):
     """See the base. An odd number of patches a side is rounded up to whole tokens.

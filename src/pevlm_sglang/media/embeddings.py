@@ -98,6 +98,17 @@ class EmbeddingHolder:
         if request is not None and vars(request).pop(_ATTRIBUTE, None) is not None:
             self.report()
 
+    def forget(self) -> None:
+        """Drop every embedding, also of SGLang's cache: the weights may be others now. A prefill
+        that is under way encodes its video once more."""
+        from sglang.srt.managers import mm_schedule
+
+        if mm_schedule.embedding_cache is not None:
+            mm_schedule.embedding_cache.clear()
+        for held in self._held:
+            held.results = {}
+        self.report()
+
     def report(self) -> None:
         """Tell the observer; what an object that died by itself held is gone from the count."""
         self.observer.embeddings_kept(self.num_bytes)
@@ -197,7 +208,7 @@ def hold_embeddings(holder: EmbeddingHolder) -> None:
     from sglang.srt.managers.schedule_batch import MultimodalInputs
 
     cache = mm_schedule.MultiModalStaticCache
-    needed = ("combine_hashes", "get", "get_single", "set", "free")
+    needed = ("combine_hashes", "get", "get_single", "set", "free", "clear")
     if missing := [name for name in needed if not hasattr(cache, name)]:
         raise UnsupportedError(
             f"this SGLang's embedding cache has no {', '.join(missing)}; install sglang>=0.5.21 "

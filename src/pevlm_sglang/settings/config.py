@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "trtllm_mha", "triton", "torch_native")
-PREFILL_KERNELS = (
-    *("auto", "base", "flash", "flash_merged", "flash_paged"),
-    *("flashinfer", "triton", "sdpa"),
-)
+PREFILL_KERNELS = ("auto", "base", "flash", "triton", "sdpa")
 """``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
 MAX_FRAMES = 1_000_000
 """More sampled frames than any context holds; a bound, so that a number can always be handled."""
+
+PRESETS = Path(__file__).parent.parent / "presets"
+"""Folder of the presets; in a checkout it leads to ``configs`` at the top."""
 
 RULES_VERSION = 1
 """Part of the cache namespace: raise it when ``layout.py`` gives the same setting another mask."""
@@ -142,7 +142,7 @@ def resolve(file: str | Path | None, flags: Mapping[str, Any]) -> PevlmConfig:
     """The server's configuration.
 
     Args:
-        file: a YAML file with any of the options, or None.
+        file: a YAML file with any of the options, or None; see :func:`find_file`.
         flags: values that the command line or ``Engine(...)`` gave; those not given are absent.
 
     Raises:
@@ -150,8 +150,31 @@ def resolve(file: str | Path | None, flags: Mapping[str, Any]) -> PevlmConfig:
     """
     config = PevlmConfig()
     if file is not None:
-        config = config.override(load_file(file))
+        config = config.override(load_file(find_file(file)))
     return config.override(flags)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with the package."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
+def find_file(file: str | Path) -> Path:
+    """The file that a user named: a bare word, such as ``low-latency``, is a preset of the package;
+    whatever has a folder or an ending, or is a ``Path``, is a path.
+
+    Raises:
+        ValueError: a bare word that is no preset; the message lists them.
+    """
+    path = Path(file)
+    if isinstance(file, Path) or file != path.stem:
+        return path
+    if file not in preset_names():
+        raise ValueError(
+            f"pevlm config {_shown(file)}: expected a preset ({', '.join(preset_names())}) or the "
+            "path of a YAML file, such as ./pevlm.yaml"
+        )
+    return PRESETS / f"{file}.yaml"
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

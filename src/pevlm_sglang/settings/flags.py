@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pevlm_sglang.settings.config import PevlmConfig, resolve
+from pevlm_sglang.settings.config import PevlmConfig, preset_names, resolve
 
 NAME = "pevlm"
 CONFIG_FILE = "pevlm_config"
@@ -43,8 +43,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pevlm-config",
         default=absent,
-        metavar="FILE",
-        help="YAML file with any of these options; flags take precedence over it",
+        metavar="PRESET|FILE",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file with any of these options; "
+        "flags take precedence over it",
     )
 
 

@@ -121,17 +121,3 @@ def check_model(model_runner: Any) -> None:
                 f"model {config.model_path}: has {finding}, which PEVLM does not cover; "
                 "serve it without --attention-backend pevlm"
             )
-
-
-def attention_layers(model: Any) -> list[Any]:
-    """SGLang's attention layers with a KV cache on this rank."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    return [module for module in model.modules() if isinstance(module, RadixAttention)]
-
-
-def prefill_kernel(resolved: Any, config: PevlmConfig) -> str:
-    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
-    whose results SGLang makes independent of the batch."""
-    deterministic = getattr(resolved, "enable_deterministic_inference", False)
-    return "base" if deterministic else config.prefill_kernel

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pevlm_sglang.families import registry
-from pevlm_sglang.settings.config import PevlmConfig, resolve
+from pevlm_sglang.settings.config import PevlmConfig, preset_names, resolve
 from pevlm_sglang.tools.show import Model, Prompt, Request, as_json, as_text
 from pevlm_sglang.tune import command as tune
 
@@ -24,8 +24,8 @@ blocks, and what attention then costs. Needs no GPU, no server and no weights.""
 
 _SHOW_EXAMPLES = """examples:
   pevlm show --frames 768 --size 1280x720
-  pevlm show configs/qwen2_5_vl.yaml --duration 384
-  pevlm show MODEL_DIR --config configs/qwen2_5_vl.yaml --duration 600 --fps 1 --json
+  pevlm show low-latency --duration 384 --model-family qwen3_vl
+  pevlm show MODEL_DIR --config low-latency --duration 600 --fps 1 --json
   pevlm show --frames 24 --size 448x224 --sink-frames 4 --block-frames 4 --png mask.png
 
 precedence: defaults < preset or --config < --sink-frames, --block-frames"""
@@ -71,18 +71,18 @@ def _add_show(commands: Any) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        type=Path,
         metavar="MODEL_DIR|PRESET",
-        help="directory of a checkpoint (config.json and the processor's files), or a preset, "
-        "which is then laid out for the published checkpoints of --model-family",
+        help="directory of a checkpoint (config.json and the processor's files), or a preset "
+        f"({', '.join(preset_names())}, or a YAML file), which is then laid out for the published "
+        "checkpoints of --model-family",
     )
     parser.add_argument(
         "--model-family",
         choices=tuple(registry.published()),
-        help="without MODEL_DIR: take the published checkpoints of this family (default: the one "
-        f"that the preset's file name begins with, else {_DEFAULT_FAMILY})",
+        help="without MODEL_DIR: take the published checkpoints of this family "
+        f"(default: {_DEFAULT_FAMILY})",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="preset, beside a MODEL_DIR")
+    parser.add_argument("--config", metavar="PRESET|FILE", help="preset, beside a MODEL_DIR")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the mask")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_video(parser)
@@ -165,24 +165,23 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, Path | None]:
+def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, str | None]:
     source, preset, family = arguments.source, arguments.config, arguments.model_family
-    if source is not None and source.suffix in _PRESET_SUFFIXES:
+    if source is not None and (source in preset_names() or source.endswith(_PRESET_SUFFIXES)):
         if preset is not None:
             raise ValueError(f"--config {preset}: expected one preset, got {source} too")
         source, preset = None, source
     if source is None:
-        stem = preset.stem if preset is not None else ""
-        named = [name for name in registry.published() if stem.startswith(name)]
-        return Model.published(family or max(named, key=len, default=_DEFAULT_FAMILY)), preset
+        return Model.published(family or _DEFAULT_FAMILY), preset
     if family is not None:
         raise ValueError(f"--model-family: {source}/config.json names the family; leave it out")
-    if not source.is_dir():
+    if not Path(source).is_dir():
         raise ValueError(
             f"{source}: expected the directory of a checkpoint or a preset "
-            f"({' or '.join(_PRESET_SUFFIXES)}); for a published checkpoint, leave it out"
+            f"({', '.join(preset_names())}, or a YAML file); for a published checkpoint, leave it "
+            "out"
         )
-    return Model.read(source), preset
+    return Model.read(Path(source)), preset
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from pevlm_kernels import bound
 from pevlm_sglang.attention.backend import PevlmBackend
-from pevlm_sglang.attention.kernel_choice import choose
+from pevlm_sglang.attention.kernel_choice import BASE, choose
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
 
 
-def put_on(
+def attach(
     backend: Any,
     observer: Observer,
     *,
@@ -44,6 +45,8 @@ def put_on(
     backend.pevlm_check()
     backend.pevlm_forget()
     backend.pevlm_kernel, passed_over = choose(backend, layers, dtype, kernel)
+    if backend.pevlm_kernel != BASE:
+        backend.pevlm_prefill = bound(backend.pevlm_kernel)
     return passed_over
 
 

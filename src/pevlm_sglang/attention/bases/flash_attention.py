@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pevlm_kernels.flash_paged import token_table
+from pevlm_kernels.flash_calls import token_table
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.plan import VirtualSequence
 from pevlm_sglang.errors import UnsupportedError
@@ -24,11 +24,13 @@ from pevlm_sglang.errors import UnsupportedError
 class PevlmFlashAttention(PevlmBackend):
     """Mixin for ``FlashAttentionBackend``."""
 
+    pevlm_base = "fa3"
     page_size: int
     _pevlm_num_seqs: int | None
 
     def pevlm_check(self) -> None:
         if self.fa_impl_ver != 3:
+            self.pevlm_base = "fa4"
             self.pevlm_without_base = (
                 f"expected FlashAttention-3, whose page tables take pages of one token, got "
                 f"FlashAttention-{self.fa_impl_ver}"
@@ -38,21 +40,6 @@ class PevlmFlashAttention(PevlmBackend):
                 "KV sharding: a prefill reads gathered scratch rows there, not cache slots; "
                 "serve without it"
             )
-
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """A prediction; nothing of it was measured.
-
-        Through pages of one token the kernel loads keys row by row (cp.async), in a row tile by
-        tile (TMA), which exists from Hopper on. To lay them in a row costs little: at 100k tokens
-        with a sink and blocks of 4k, Qwen2.5-VL-7B's virtual sequences have 300k keys of 2 KiB,
-        read and written once more: 1.2 GB a layer, 0.4 ms at 3 TB/s. The attention itself is
-        9e12 operations, 15 ms at 600 TFLOP/s. Products in fp8 are twice as fast as in q's dtype,
-        and those only the base computes.
-        """
-        if self.fa_impl_ver != 3:
-            return ("flash", "triton")
-        hopper = capability is not None and capability[0] == 9
-        return ("flash", "base") if hopper and not narrow else ("base",)
 
     def pevlm_forget(self) -> None:
         super().pevlm_forget()
@@ -66,7 +53,7 @@ class PevlmFlashAttention(PevlmBackend):
         metadata.cache_seqlens_int32 = plan.cu_seqlens_k.diff()
         metadata.max_seq_len_q = plan.max_seqlen_q
         metadata.max_seq_len_k = plan.max_seqlen_k
-        metadata.page_table = token_table(plan)
+        metadata.page_table = token_table(plan.kv_indices, plan.cu_seqlens_k, plan.seqlens_k)
         self._pevlm_num_seqs = plan.num_seqs
 
     def get_paged_mha_kv_cache(self, layer: Any, **kwargs: Any) -> Any:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from pevlm_kernels.flashinfer import host_lists
+from pevlm_kernels.types import PrefillPlan, pinned
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.attention.plan import VirtualSequence
 from pevlm_sglang.errors import UnsupportedError
@@ -23,6 +24,7 @@ from pevlm_sglang.errors import UnsupportedError
 class PevlmFlashInfer(PevlmBackend):
     """Mixin for ``FlashInferAttnBackend``."""
 
+    pevlm_base = "flashinfer"
     forward_metadata: Any
 
     def pevlm_check(self) -> None:
@@ -39,14 +41,6 @@ class PevlmFlashInfer(PevlmBackend):
         # Not one of SGLang's own wrappers: those are re-planned for every dense batch.
         paged = type(self.prefill_wrappers_paged[0])
         self._pevlm_wrapper = paged(self.workspace_buffer, "NHD", backend=self.prefill_backend)
-
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """A prediction; nothing of it was measured. FlashInfer plans the same virtual sequences
-        itself, so nothing is gained but on data-centre Blackwell (sm_100 to sm_110): its paged
-        kernel for pages of one token is Ampere's there, and FlashAttention-4 is written for that
-        GPU's tensor cores."""
-        blackwell = capability is not None and capability[0] in (10, 11)
-        return ("flash", "base") if blackwell else ("base",)
 
     def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         plan = self.pevlm_build(sequences, forward_batch)
@@ -72,3 +66,15 @@ class PevlmFlashInfer(PevlmBackend):
             use_ragged=False,
             extend_no_prefix=False,
         )
+
+
+def host_lists(plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``cu_seqlens_q``, ``cu_seqlens_k`` and ``num_seqs`` page lengths of 1, int32 on the host.
+    FlashInfer plans there: of tensors on the device it would make copies, and wait for them."""
+    device = plan.kv_indices.device
+    lists = [list(accumulate(lengths, initial=0)) for lengths in (plan.seqlens_q, plan.seqlens_k)]
+    cu_seqlens_q, cu_seqlens_k, last_page_len = (
+        pinned(torch.tensor(numbers, dtype=torch.int32), device)
+        for numbers in (*lists, [1] * plan.num_seqs)
+    )
+    return cu_seqlens_q, cu_seqlens_k, last_page_len

@@ -15,6 +15,7 @@ from pevlm_sglang.errors import UnsupportedError
 class PevlmTorchNative(PevlmBackend):
     """Mixin for ``TorchNativeAttnBackend``."""
 
+    pevlm_base = "torch_native"
     pevlm_without_base = "expected another base backend: torch_native takes no metadata to rewrite"
     pevlm_stores_scaled = False
 
@@ -24,7 +25,3 @@ class PevlmTorchNative(PevlmBackend):
                 f"torch_native on {self.device}: PEVLM's kernel for it runs on the CPU; choose "
                 "--pevlm-base-backend fa3, flashinfer or triton"
             )
-
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """PyTorch's own operators; Triton's interpreter is for tests."""
-        return ("sdpa",)

@@ -18,11 +18,7 @@ from pevlm_sglang.attention.plan import VirtualSequence, slot_lists
 class PevlmTriton(PevlmBackend):
     """Mixin for ``TritonAttnBackend``."""
 
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """A prediction; nothing of it was measured. SGLang's kernel walks cached and new keys in
-        two loops, with tiles that fit every GPU; PEVLM's walks them in one, starts the longest
-        programs first and has tiles for each generation."""
-        return ("triton", "base")
+    pevlm_base = "triton"
 
     def pevlm_rewrite(self, sequences: Sequence[VirtualSequence], forward_batch: Any) -> None:
         metadata = self.forward_metadata

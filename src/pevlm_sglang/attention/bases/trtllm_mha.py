@@ -14,6 +14,7 @@ from pevlm_sglang.errors import UnsupportedError
 class PevlmTrtllmMha(PevlmBackend):
     """Mixin for ``TRTLLMHAAttnBackend``."""
 
+    pevlm_base = "trtllm_mha"
     pevlm_without_base = (
         "expected another base backend: trtllm_mha's page tables cannot point at single tokens"
     )
@@ -24,7 +25,3 @@ class PevlmTrtllmMha(PevlmBackend):
                 "trtllm_mha with an FP4 cache: its keys and values are not read token by token; "
                 "choose another --kv-cache-dtype"
             )
-
-    def pevlm_preference(self, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-        """FlashAttention is written for these GPUs; Triton's kernel is portable."""
-        return ("flash", "triton")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
-from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings
+from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
 from pevlm_sglang.families.sizes import read_json
 
 POOL_STRIDE = 2  # of the reference, whatever a configuration says
@@ -91,14 +91,12 @@ class LlavaGeometry(FrameGeometry):
 
     def indices(self, total_frames: int, fps: float, settings: FrameSettings) -> list[int]:
         """As the reference's ``load_video``, with ``force_sample`` where no rate is asked for."""
-        import numpy as np
-
         if settings.fps is not None:
             # The reference has no answer to more than twice the video's own rate; it is all here.
             indices = list(range(0, total_frames, max(1, round(fps / settings.fps))))
             if len(indices) <= settings.num_frames:
                 return indices
-        return np.linspace(0, total_frames - 1, settings.num_frames, dtype=int).tolist()
+        return [int(position) for position in evenly(total_frames, settings.num_frames)]
 
     def steps(self, frames: int) -> tuple[int, ...]:
         steps = [self.layout.tokens_per_frame] * frames

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings
+from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
 from pevlm_sglang.families.sizes import read_json
 
 DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
@@ -41,13 +41,11 @@ class LongVilaGeometry(FrameGeometry):
         has them. At inference the reference takes the first of them and drops the rest of the
         video, which nobody can mean.
         """
-        import numpy as np
-
-        count, last = settings.num_frames, total_frames - 1
+        count = settings.num_frames
         if settings.fps is None:
-            return np.round(np.linspace(0, last, count)).astype(int).tolist()
+            return [round(position) for position in evenly(total_frames, count)]
         count = min(max(int(total_frames / fps * settings.fps), 2), count, total_frames)
-        return np.linspace(0, last, count, dtype=int).tolist()
+        return [int(position) for position in evenly(total_frames, count)]
 
 
 PUBLISHED = {"longvila": LongVilaGeometry()}

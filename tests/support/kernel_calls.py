@@ -42,8 +42,7 @@ class Call:
         plan = self.plan
         moved = {
             name: getattr(plan, name).to(device)
-            for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_indices", "seams")
-            if getattr(plan, name) is not None
+            for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_indices")
         }
         return dataclasses.replace(
             self,
@@ -142,6 +141,7 @@ def plan_of_slots(
         kv_indices=indices.to(device),
         seqlens_q=tuple(seqlens_q),
         seqlens_k=tuple(seqlens_k),
+        full=(False,) * len(seqlens_k),
     )
 
 
