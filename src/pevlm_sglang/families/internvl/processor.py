@@ -33,9 +33,6 @@ from pevlm_sglang.media.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
-# SGLang's own names for what is yet to be written out.
-_IMAGE, _VIDEO = "<<<__IMG_PLACEHOLDER__>>>", "<<<__VID_PLACEHOLDER__>>>"
-
 
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM."""
@@ -132,13 +129,8 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         counts = share([wish.max_frames for wish in wishes], default, most)
         if min(counts) < default and any(wish.max_frames is None for wish in wishes):
             logger.warning(
-                "PEVLM: %s frames of %d videos in place of %d each: the context of %d tokens "
-                "holds %d",
-                counts,
-                len(counts),
-                default,
-                self.max_context_len,
-                most,
+                f"PEVLM: {counts} frames of {len(counts)} videos in place of {default} each: the "
+                f"context of {self.max_context_len} tokens holds {most}"
             )
         return counts
 
@@ -164,21 +156,24 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         videos: Sequence[Sequence[torch.Tensor]],
     ) -> str:
         """The text with each placeholder written out, as it is tokenized."""
-        for placeholder in (self.IMAGE_PLACEHOLDER_TOKEN, self.IMG_CONTEXT):
-            text = text.replace(placeholder, _IMAGE)
-        text = text.replace(self.VIDEO_PLACEHOLDER_TOKEN, _VIDEO)
-        for tiles in images:
-            text = text.replace(_IMAGE, self._wrapped(self.IMG_CONTEXT, len(tiles)), 1)
-        for video in videos:
-            frames = (
-                label(number) + self._wrapped(self.VIDEO_CONTEXT_TOKEN, len(tiles))
+        pictures = (self._wrapped(self.IMG_CONTEXT, tiles) for tiles in images)
+        clips = (
+            "".join(
+                f"{label(number)}{self._wrapped(self.VIDEO_CONTEXT_TOKEN, tiles)}\n"
                 for number, tiles in enumerate(video, 1)
             )
-            text = text.replace(_VIDEO, "\n".join(frames) + "\n", 1)
-        return text
+            for video in videos
+        )
+        written = {
+            self.IMAGE_PLACEHOLDER_TOKEN: pictures,
+            self.IMG_CONTEXT: pictures,
+            self.VIDEO_PLACEHOLDER_TOKEN: clips,
+        }
+        placeholders = "|".join(map(re.escape, written))
+        return re.sub(placeholders, lambda found: next(written[found[0]], found[0]), text)
 
-    def _wrapped(self, token: str, tiles: int) -> str:
-        return self.IMG_START + token * (self.num_image_token * tiles) + self.IMG_END
+    def _wrapped(self, token: str, tiles: torch.Tensor) -> str:
+        return self.IMG_START + token * (self.num_image_token * len(tiles)) + self.IMG_END
 
     # --- Items ------------------------------------------------------------------------------
 
