@@ -39,7 +39,13 @@ Sample output, on two cores that others were using too:
     small frames            2     2    779  100000        1    349280      1.02    4.82    19.15
     small frames            2     2    779    8192       13    352352      0.99   25.58    29.15
     derived for triton: at most 0.16 ms
-    DERIVED
+    derived for fa3 base: at most 398.27 ms
+    derived for flash: at most 2.22 ms
+
+    mixed      calls    gathered   copied MB  scratch MB  table MB   all rows MB
+    no pages      63     6321456     12946.3       248.7       0.0       12946.3
+    paged          2       21456        43.9        43.9      25.2       12946.3
+
     share at 8192 tokens, tiny: plan 0.56 ms, prefill 2518 ms, 0.022%
     text on          init us  with pevlm    added us  forward ms    share
     torch_native         0.1        10.7        11.2       28.13   0.040%

@@ -10,7 +10,6 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from pevlm_kernels import IMPLEMENTATIONS, flash
-from pevlm_kernels.testing import random_plan
 from pevlm_sglang.attention import kernel_choice
 from pevlm_sglang.attention.bases import attach
 from pevlm_sglang.attention.bases.flash_attention import PevlmFlashAttention
@@ -22,6 +21,7 @@ from pevlm_sglang.attention.kernel_choice import ORDERS, choose, preference, req
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings.config import BASE_BACKENDS, PREFILL_KERNELS, PevlmConfig
+from support.kernel_calls import random_plan
 from support.lookups import recorded_lookups
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention.test_plan import Batch, batches, make_batch
 from pevlm_kernels import IMPLEMENTATIONS, PrefillPlan, pevlm_prefill
 from pevlm_kernels.choice import refusal
-from pevlm_kernels.testing import (
+from support.kernel_calls import (
     Call,
     assert_within_budget,
     plain_attention,

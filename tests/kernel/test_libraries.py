@@ -29,18 +29,18 @@ from pevlm_kernels import (
     sdpa,
 )
 from pevlm_kernels.flash_calls import Room
-from pevlm_kernels.testing import (
-    Call,
-    assert_within_budget,
-    plain_attention,
-    random_call,
-    random_plan,
-)
 from support.emulated_kernels import (
     FLASH,
     flash_attn_4_varlen_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
+)
+from support.kernel_calls import (
+    Call,
+    assert_within_budget,
+    plain_attention,
+    random_call,
+    random_plan,
 )
 from support.lookups import recorded_lookups
 

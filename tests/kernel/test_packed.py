@@ -11,7 +11,7 @@ import torch
 from pevlm_kernels import IMPLEMENTATIONS, merge, packed_plan, pevlm_attention
 from pevlm_kernels.choice import refusal
 from pevlm_kernels.reference import masked_attention_lse
-from pevlm_kernels.testing import Call, assert_within_budget, random_call
+from support.kernel_calls import Call, assert_within_budget, random_call
 
 Blocks = tuple[tuple[int, int], ...]
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pevlm_sglang.attention.plan import VirtualSequence
@@ -70,15 +70,13 @@ class Totals:
     vision_items: int = 0
     vision_seconds: float = 0.0
 
+    def add(self, other: Totals) -> None:
+        for total in fields(self):
+            setattr(self, total.name, getattr(self, total.name) + getattr(other, total.name))
+
     def describe(self) -> dict[str, Any]:
-        return {
-            "sparse_tokens": self.sparse_tokens,
+        return vars(self) | {
             "dense_tokens": {reason: self.dense_tokens[reason] for reason in DENSE_REASONS},
-            "pairs_computed": self.pairs_computed,
-            "pairs_saved": self.pairs_saved,
-            "sparse_forwards": self.sparse_forwards,
-            "vision_runs": self.vision_runs,
-            "vision_items": self.vision_items,
             "vision_seconds": round(self.vision_seconds, 6),
         }
 
@@ -166,15 +164,7 @@ class Observer:
         return {**self.totals.describe(), "vision_kept_bytes": self.kept_bytes}
 
     def _add(self, delta: Totals) -> None:
-        totals = self.totals
-        totals.sparse_tokens += delta.sparse_tokens
-        totals.dense_tokens.update(delta.dense_tokens)
-        totals.pairs_computed += delta.pairs_computed
-        totals.pairs_saved += delta.pairs_saved
-        totals.sparse_forwards += delta.sparse_forwards
-        totals.vision_runs += delta.vision_runs
-        totals.vision_items += delta.vision_items
-        totals.vision_seconds += delta.vision_seconds
+        self.totals.add(delta)
         if self._metrics:
             self._metrics.add(delta)
 
