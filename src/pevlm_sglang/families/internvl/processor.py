@@ -26,8 +26,9 @@ from pevlm_sglang.families.internvl.sizes import settings_of
 from pevlm_sglang.families.internvl.tiles import Preparation
 from pevlm_sglang.families.spans import leave_labels
 from pevlm_sglang.families.tile_layout import tile_layout
+from pevlm_sglang.media.sources import SafeSources
 from pevlm_sglang.media.tower_dtype import tower_dtype
-from pevlm_sglang.media.video_file import decoding
+from pevlm_sglang.media.video_file import decoding, frame_bytes
 from pevlm_sglang.media.wishes import Wishes, split
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class _Video:
     tiles_per_frame: tuple[int, ...]
 
 
-class PevlmInternVLProcessor(InternVLProcessor):
+class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM.
 
     Raises:
@@ -165,6 +166,7 @@ class PevlmInternVLProcessor(InternVLProcessor):
         return counts
 
     def _tiles_a_frame(self, video: VideoDecoderWrapper, request_obj: Any) -> int:
+        frame_bytes(video)
         height, width = video.frame_shape
         columns, rows = tile_layout(width, height, self._size, self._most(request_obj, "video"))
         return columns * rows + (columns * rows > 1)

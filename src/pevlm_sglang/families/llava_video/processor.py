@@ -30,12 +30,13 @@ from sglang.srt.managers.schedule_batch import (
 )
 from sglang.srt.multimodal.mm_utils import ensure_numpy, expand2square, process_anyres_image
 from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
-from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, load_image, load_video
+from sglang.srt.utils import load_image, load_video
 
 from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.llava_video.image_tokens import image_tokens, patches_per_side
 from pevlm_sglang.families.llava_video.sizes import DEFAULT_NUM_FRAMES, TokenLayout, sampled_frames
 from pevlm_sglang.families.llava_video.spans import FRAMES
+from pevlm_sglang.media.sources import check_path, reading
 from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 
@@ -206,11 +207,9 @@ class LlavaVideoProcessor(LlavaImageProcessor):
         )
 
     def _image(self, source: Any, kind: str, tiled: bool) -> _Medium:
-        try:
-            image, _ = load_image(source, False)
-            image = image.convert("RGB")
-        except CLIENT_MEDIA_EXCEPTIONS as error:
-            raise ValueError(f"image: could not be read: {error}") from error
+        with reading():
+            check_path(source)
+            image = load_image(source, False)[0].convert("RGB")
         if kind == "video":  # a frame: the reference resizes it, and does not pad it
             pixels = self._preprocess(image)[None]
             return _Medium.of(Modality.VIDEO, pixels, self._layout.tokens(1), {})

@@ -31,6 +31,7 @@ from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.longvila.checkpoint import IMAGE_TOKEN, VIDEO_TOKEN
 from pevlm_sglang.families.longvila.sizes import frames_at_rate
 from pevlm_sglang.families.tile_layout import tile_layout
+from pevlm_sglang.media.sources import SafeSources
 from pevlm_sglang.media.tower_dtype import tower_dtype
 from pevlm_sglang.media.video_file import frames_of, length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
@@ -38,7 +39,7 @@ from pevlm_sglang.media.wishes import Wishes, split
 _PLACEHOLDERS = {Modality.IMAGE: IMAGE_TOKEN, Modality.VIDEO: VIDEO_TOKEN}
 
 
-class LongVilaProcessor(BaseMultimodalProcessor):
+class LongVilaProcessor(SafeSources, BaseMultimodalProcessor):
     """Turns ``<image>`` and ``<vila/video>`` of a prompt into frames."""
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)

@@ -21,13 +21,14 @@ from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
 from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references, sampled_upstream
 from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+from pevlm_sglang.media.sources import SafeSources
 from pevlm_sglang.media.wishes import Wishes, split
 
 _METADATA = "pevlm_video_metadata"
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
 
 
-class QwenVLProcessor(upstream.QwenVLImageProcessor):
+class QwenVLProcessor(SafeSources, upstream.QwenVLImageProcessor):
     """See the module."""
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
