@@ -350,3 +350,16 @@ def test_pieces_refuse_a_range_that_is_none(start: int, end: int) -> None:
 def test_sizes_far_beyond_the_video(prompt: Prompt, sink: int) -> None:
     assert build(prompt, 10**30, 1).first_sparse is None
     assert build(prompt, sink, 10**30).blocks == build(prompt, sink, 10**4).blocks
+
+
+@given(prompts(), sinks, blocks, st.integers(1, 200))
+def test_most_keys_of_a_window(prompt: Prompt, sink: int, block: int, window: int) -> None:
+    """No forward of so many tokens lists more."""
+    layout = build(prompt, sink, block)
+    length = len(classes(prompt, sink, block))
+    listed = [
+        sum(piece.num_keys for piece in layout.pieces(start, min(start + window, length)))
+        for start in range(length)
+    ]
+    assert max(listed, default=0) <= layout.most_keys(length, window)
+    assert layout.most_keys(length, length) == sum(p.num_keys for p in layout.pieces(0, length))

@@ -289,3 +289,17 @@ def test_streaming_session_keeps_its_setting(first: dict, later: dict) -> None:
     assert "expected the setting of the first turn of this streaming session" in refused.to_finish
     assert serve(request(first, long_video(), session=session)).to_finish is None
     assert serve(request(later, session=Session(streaming=True))).to_finish is None
+
+
+@pytest.mark.parametrize(("chunk", "refused"), [(None, True), (400_000, True), (8192, False)])
+def test_too_many_keys_in_a_forward_are_refused(chunk: int | None, refused: bool) -> None:
+    """Without chunks, a sink of half a million tokens seen by blocks of one step each is an index
+    list of tens of GiB."""
+    tokens, steps = 1000, 1000
+    huge = video([(0, steps * tokens - 1)], (steps, 40, 100))
+    req = request({"sink_frames": 1000, "block_frames": 2}, huge)
+    on_created(req, SERVER)
+    on_queued(req, RULE, chunk)
+    assert (req.to_finish is not None) == refused
+    if refused:
+        assert "sink_frames, block_frames: expected at most 134217728 keys" in req.to_finish

@@ -278,6 +278,19 @@ class Layout:
         """Attended pairs of the queries ``[start, end)``."""
         return sum(piece.num_pairs for piece in self.pieces(start, end))
 
+    def most_keys(self, length: int, window: int) -> int:
+        """Keys that the pieces of a forward list at most, of ``window`` tokens in a row of a prompt
+        of ``length``."""
+        most = keys = first = 0
+        pieces = self.pieces(0, length)
+        for piece in pieces:
+            keys += piece.num_keys
+            while pieces[first].end - 1 + window <= piece.start:
+                keys -= pieces[first].num_keys
+                first += 1
+            most = max(most, keys)
+        return most
+
     def visible_fraction(self, length: int) -> float:
         """Attended pairs of a prompt over those of full causal attention.
 

@@ -99,6 +99,7 @@ class _Serving:
         holder: of the embeddings that prefill has begun to use.
         corrections: what is corrected in SGLang's vision path, in words.
         prefill_kernel: what computes a forward with LOCAL tokens.
+        forward_tokens: of a chunk; None where prompts are not chunked.
     """
 
     config: PevlmConfig
@@ -107,6 +108,7 @@ class _Serving:
     holder: embeddings.EmbeddingHolder
     corrections: tuple[str, ...]
     prefill_kernel: str
+    forward_tokens: int | None
 
 
 class _Process:
@@ -310,6 +312,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     backend = result.attn_backend
     hybrid = isinstance(backend, HybridAttnBackend)
     prefill_backend = backend.prefill_backend if hybrid else backend
+    resolved = resolved_view(model_runner.server_args)
     hf_config = model_runner.model_config.hf_config
     family = registry.family_of(hf_config.architectures)
     try:
@@ -320,7 +323,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
             observer,
             layers=attention_layers(model_runner.model),
             dtype=model_runner.dtype,
-            kernel=requested_kernel(resolved_view(model_runner.server_args), config),
+            kernel=requested_kernel(resolved, config),
         )
         holder = embeddings.EmbeddingHolder(observer)
         architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
@@ -333,8 +336,15 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
+    chunk = resolved.chunked_prefill_size
     _Process.serving = _Serving(
-        config, rule, observer, holder, corrections, prefill_backend.pevlm_kernel
+        config,
+        rule,
+        observer,
+        holder,
+        corrections,
+        prefill_backend.pevlm_kernel,
+        chunk if chunk is not None and chunk > 0 else None,
     )
     if first_rank:
         steps = rule.frames_per_step
@@ -373,7 +383,7 @@ def _before_add_request_to_queue(
     if (serving := _Process.serving) is not None:
         serving.holder.release(req.multimodal_inputs)
         if not is_retracted:
-            requests.on_queued(req, serving.rule)
+            requests.on_queued(req, serving.rule, serving.forward_tokens)
 
 
 def _after_state_is_outdated(_result: Any, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,10 @@ from pevlm_sglang.settings.config import PevlmConfig
 
 NAMESPACE = "pevlm:"
 
+MOST_KEYS = 2**27
+"""Of all virtual sequences in one forward: an index list of 1 GiB, and as much again a few times
+while it is made. A million tokens of video with 4k in sink and block have fewer than 2**22."""
+
 
 def on_created(req: Any, server_config: PevlmConfig) -> None:
     """Resolve the request's configuration and give its KV a namespace.
@@ -41,11 +45,14 @@ def on_created(req: Any, server_config: PevlmConfig) -> None:
         req.extra_key = f"{NAMESPACE}{namespace}|{req.extra_key or ''}"
 
 
-def on_queued(req: Any, rule: SpanRule) -> None:
+def on_queued(req: Any, rule: SpanRule, forward_tokens: int | None = None) -> None:
     """Lay out a request that is about to wait for prefill, or refuse it with HTTP 400.
 
     The layout becomes an attribute of the request's ``MultimodalInputs``, which reach the forward
     with the batch.
+
+    Args:
+        forward_tokens: of a chunk; None where prompts are not chunked.
     """
     if req.to_finish is not None and req.multimodal_inputs is None:
         return  # refused already, for another reason
@@ -53,6 +60,7 @@ def on_queued(req: Any, rule: SpanRule) -> None:
     if error is None and req.multimodal_inputs is not None:
         try:
             layout = lay_out(req.multimodal_inputs, req.origin_input_ids, rule, req.pevlm_config)
+            _check_size(layout.layout, len(req.origin_input_ids), forward_tokens)
         except ValueError as refusal:  # FrameSpanError, or spans that make no layout
             error = str(refusal)
         else:
@@ -81,6 +89,21 @@ def lay_out(inputs: Any, ids: Sequence[int], rule: SpanRule, config: PevlmConfig
         return RequestLayout(layout, SHORT_VIDEO)
     has_images = any(item.is_image() for item in inputs.mm_items)
     return RequestLayout(layout, IMAGE_RUNS_OFF if has_images else NO_VIDEO)
+
+
+def _check_size(layout: Layout, length: int, forward_tokens: int | None) -> None:
+    """Refuse what would list too many keys in a forward: a huge sink, seen by many small blocks.
+
+    Raises:
+        ValueError: says how many, and what to do.
+    """
+    window = min(length, forward_tokens or length)
+    if layout.first_sparse is not None and (keys := layout.most_keys(length, window)) > MOST_KEYS:
+        raise ValueError(
+            f"sink_frames, block_frames: expected at most {MOST_KEYS} keys in the lists of a "
+            f"forward of {window} tokens, got {keys}; ask for larger blocks or a smaller sink, or "
+            "serve with a smaller --chunked-prefill-size"
+        )
 
 
 def _session_conflict(req: Any) -> str | None:

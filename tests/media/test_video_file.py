@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from pevlm_sglang.media import video_file
 from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
+from support.video import write_video
 
 
 @pytest.mark.parametrize("rate", [None, 0, float("nan"), float("inf"), -1.0])
@@ -55,9 +57,39 @@ def test_stream_that_breaks_off_is_refused() -> None:
         list(frames_of(Video(100, 25.0, broken_at=40), range(100)))
 
 
-def test_lack_of_memory_is_nobody_s_mistake() -> None:
-    with pytest.raises(torch.OutOfMemoryError), decoding():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def raise_in(module: str, error: Exception) -> None:
+    """As a function of that module raises it."""
+    place: dict[str, Any] = {"__name__": module}
+    exec("def fail(error):\n    raise error", place)
+    place["fail"](error)
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("torchcodec._core.ops", torch.OutOfMemoryError("CUDA out of memory")),
+        ("torchcodec._core.ops", torch.AcceleratorError("CUDA error: device-side assert")),
+        ("torch.nn.functional", RuntimeError("shape mismatch")),
+        ("torchvision.transforms", RuntimeError("could not be resized")),
+    ],
+)
+def test_faults_of_the_server_are_not_the_clients(module: str, error: Exception) -> None:
+    """An HTTP 400 would blame the file, and the operator would never see the error."""
+    with pytest.raises(type(error), match=str(error)), decoding():
+        raise_in(module, error)
+
+
+def test_a_real_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
+    """By the decoder that SGLang takes."""
+    video_decoder = pytest.importorskip("sglang.srt.utils.video_decoder")
+    path = write_video(tmp_path / "clip.mp4", seconds=20, size=(160, 120))
+    content = bytearray(path.read_bytes())
+    start, end = len(content) // 3, len(content) // 2
+    content[start:end] = b"\xff" * (end - start)
+    path.write_bytes(content)
+    decoder = video_decoder.VideoDecoderWrapper(str(path))
+    with pytest.raises(ValueError, match="video: could not be decoded"):
+        list(frames_of(decoder, range(len(decoder))))
 
 
 class Video:
@@ -80,5 +112,5 @@ class Video:
     def get_frames_at(self, indices: list[int]) -> Iterator[np.ndarray]:
         self.largest = max(self.largest, len(indices))
         if self.broken_at is not None and max(indices) >= self.broken_at:
-            raise RuntimeError("no more packets")
+            raise_in("torchcodec._core.ops", RuntimeError("no more packets"))
         return iter([np.full((2, 2, 3), i, np.uint8) for i in indices])

@@ -38,15 +38,15 @@ def register() -> None:
 
     on_queued = requests.on_queued
 
-    def broken_on_queued(req: Any, rule: Any) -> None:
-        on_queued(req, rule)
+    def broken_on_queued(req: Any, rule: Any, *args: Any) -> None:
+        on_queued(req, rule, *args)
         _, mark, name = (req.extra_key or "").partition(MARK)
         laid_out = getattr(req.multimodal_inputs, "pevlm", None)
         if mark and laid_out is not None and laid_out.dense_reason is None:
             layout = BREAKAGES[name](req, rule, laid_out.layout)
             req.multimodal_inputs.pevlm = replace(laid_out, layout=layout)
 
-    requests.on_queued = broken_on_queued
+    requests.on_queued = broken_on_queued  # type: ignore[assignment]
 
 
 def _shifted(req: Any, rule: Any, layout: Any, *, steps: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 _AT_ONCE = 32  # frames of full size in memory
 _BYTES_AT_ONCE = 4 << 30  # of decoded frames: 690 of 1080p. Each part opens the file again
 _MOST_PIXELS = 1 << 26  # of a frame, twice an 8K one: a file of some kB can be as large as it says
+_DECODERS = ("torchcodec", "decord")  # the two that SGLang takes
+_SERVERS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def length_and_rate(video: Any) -> tuple[int, float]:
@@ -33,13 +36,14 @@ def decoding() -> Iterator[None]:
     """A block that decodes frames.
 
     Raises:
-        ValueError: a stream that breaks off, for which torchcodec has a ``RuntimeError``.
+        ValueError: a stream that breaks off, for which the decoder has a ``RuntimeError``. Others,
+            the GPU's for instance, are the server's and not the client's, and pass.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, _SERVERS) or not _is_raised_by(_DECODERS, error):
+            raise
         raise ValueError(f"video: could not be decoded: {error}") from error
 
 
@@ -69,6 +73,12 @@ def parts(video: Any, indices: Sequence[int], most: int | None = None) -> Iterat
     step = max(1, min(most or len(indices), _BYTES_AT_ONCE // frame_bytes(video)))
     for start in range(0, len(indices), step):
         yield list(indices[start : start + step])
+
+
+def _is_raised_by(packages: Sequence[str], error: BaseException) -> bool:
+    """Whether an error came through one of these packages."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return any(name.split(".")[0] in packages for name in names)
 
 
 def frames_of(video: Any, indices: Sequence[int]) -> Iterator[Any]:
