@@ -28,15 +28,15 @@ def _one_step_off() -> None:
 
     on_queued, numbers = requests.on_queued, count(1)
 
-    def broken(req: Any, rule: Any) -> None:
-        on_queued(req, rule)
+    def broken(req: Any, rule: Any, *args: Any) -> None:
+        on_queued(req, rule, *args)
         laid_out: Any = getattr(req.multimodal_inputs, "pevlm", None)
         sparse = laid_out is not None and laid_out.dense_reason is None
         if sparse and next(numbers) % EVERY == 0:
             layout = BREAKAGES["a step late"](req, rule, laid_out.layout)
             req.multimodal_inputs.pevlm = replace(laid_out, layout=layout)
 
-    requests.on_queued = broken
+    setattr(requests, "on_queued", broken)  # noqa: B010 (mypy allows no assignment)
 
 
 def _namespace_dropped() -> None:
