@@ -36,7 +36,7 @@ def support() -> str:
 
     def rows(family: Family) -> Iterator[tuple[str, ...]]:
         for architecture, checkpoints in family.checkpoints.items():
-            settings, wishes = family.sizes.SETTINGS, family.sizes.WISHES
+            settings, wishes = family.names()
             yield (
                 f"`{architecture}`",
                 checkpoints,

@@ -67,9 +67,10 @@ def test_no_circle() -> None:
         visit(name, ())
 
 
-SHELVES = {f"pevlm_sglang.families.{name}" for name in ("spans", "sizes", "family")}
-SHELVES |= {f"pevlm_sglang.families.{name}" for name in ("frame_counts", "tile_layout")}
+_SHELVES = ("spans", "sizes", "family", "frame_counts", "tile_layout", "processor")
+SHELVES = {f"pevlm_sglang.families.{name}" for name in _SHELVES}
 COMMON = {"pevlm_sglang.layout", "pevlm_sglang.errors"}
+MEDIA = {name for name in MODULES if name.startswith("pevlm_sglang.media.")}
 FAMILIES = sorted(
     name for name, path in MODULES.items()
     if name.startswith("pevlm_sglang.families.") and path.name == "__init__.py"
@@ -89,6 +90,8 @@ def own(name: str) -> set[str]:
         ("pevlm_sglang.families.sizes", COMMON),
         ("pevlm_sglang.families.frame_counts", COMMON | SHELVES),
         ("pevlm_sglang.families.family", COMMON | SHELVES),
+        ("pevlm_sglang.families.tile_layout", COMMON),
+        ("pevlm_sglang.families.processor", COMMON | SHELVES | MEDIA),
         ("pevlm_sglang.attention.plan", {"pevlm_sglang.layout", "pevlm_kernels.types"}),
     ],
 )

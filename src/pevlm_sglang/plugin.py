@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from pevlm_sglang import requests, seams
+from pevlm_sglang import endpoints, requests, seams
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
@@ -441,3 +441,4 @@ def _after_wait_for_scheduler_ready(
             f"schedulers {silent} do not report PEVLM active; check that pevlm-sglang is installed "
             "in their environment and that SGLANG_PLUGINS, if set, names pevlm"
         )
+    endpoints.guard_http_server()

@@ -77,7 +77,7 @@ def test_broken_files(
         ("while True: pass", fuzz_media.HANG),
         ("__import__('os').abort()", fuzz_media.DEATH),
         ("raise KeyError", fuzz_media.ERROR),
-        ("bytearray(3 << 29)", fuzz_media.GREEDY),
+        ("b'x' * (3 << 29); raise ValueError", fuzz_media.GREEDY),
         ("bytearray(20 << 30)", fuzz_media.ERROR),  # more than the worker may have
     ],
 )

@@ -95,6 +95,72 @@ def test_bad_knob_of_a_video(
     assert reason in answer
 
 
+@pytest.mark.parametrize("name", ["nframes", "min_frames", "min_pixels", "resized_height"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_wish_that_nobody_reads(
+    name: str,
+    beside: bool,
+    ask: Callable[..., tuple[int, str]],
+    clip: Callable[..., Path],
+) -> None:
+    """Dropped, it would be another video than the one asked for."""
+    part: dict[str, Any] = {"type": "video_url", "video_url": {"url": video_data_url(clip(10))}}
+    (part if beside else part["video_url"])[name] = 8
+    status, answer = ask(part)
+    assert status == 400
+    assert name in answer
+
+
+@pytest.mark.parametrize("beside", ["fps", "max_frames", "max_pixels"])
+def test_a_wish_beside_its_part(
+    beside: str, ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]
+) -> None:
+    status, answer = ask({**_video(video_data_url(clip(10))), beside: 8})
+    assert status == 400
+    assert beside in answer
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/api/generate", {"prompt": "hi", "options": {"num_predict": 1}}),
+    ],
+)
+def test_a_setting_where_it_would_be_dropped(server: Server, path: str, body: Any) -> None:
+    body = {"model": "default", "stream": False, **body}
+    assert "which drops it" not in server.post(path, body).text
+    for setting in ({"enabled": False}, {"enabld": True}):
+        reply = server.post(path, {**body, "custom_params": {"pevlm": setting}})
+        assert reply.status_code == 400
+        assert f"got on {path}, which drops it" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 1}),
+        ("/invocations", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}),
+    ],
+)
+def test_a_setting_where_it_is_obeyed(server: Server, path: str, body: Any) -> None:
+    body = {"model": "default", **body}
+    good = {**body, "custom_params": {"pevlm": {"enabled": False}}}
+    assert server.post(path, good).status_code == 200
+    bad = server.post(path, {**body, "custom_params": {"pevlm": {"enabld": True}}})
+    assert bad.status_code == 400
+    assert "unknown option 'enabld'" in bad.text
+
+
+def test_vertex_obeys(server: Server) -> None:
+    for setting, status in (({"enabled": False}, 200), ({"enabld": True}, 400)):
+        params = {"max_new_tokens": 1, "custom_params": {"pevlm": setting}}
+        body = {"instances": [{"text": "hi"}], "parameters": {"sampling_params": params}}
+        assert server.post("/vertex_generate", body).status_code == status
+
+
 def test_one_frame(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
     status, answer = ask(_video(video_data_url(clip(0.25))))
     assert status == 400

@@ -299,9 +299,9 @@ def test_bad_wish(exchange: Exchange, clip: Clip, wishes: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("What?", "expected one <video> a video (1), got 0"),
-        (VIDEO + VIDEO, "expected one <video> a video (1), got 2"),
-        (VIDEO + IMAGE, "expected one <image> an image (0), got 1"),
+        ("What?", "expected 1 of <video>, one for each video, got 0"),
+        (VIDEO + VIDEO, "expected 1 of <video>, one for each video, got 2"),
+        (VIDEO + IMAGE, "expected 0 of <image>, one for each image, got 1"),
     ],
 )
 def test_placeholders_that_do_not_fit(

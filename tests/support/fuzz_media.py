@@ -7,6 +7,7 @@ it takes too long.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -220,9 +221,6 @@ def _asking(processor: Any, video: str, image: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _llava_video(model: Path) -> Iterator[Callable[..., Any]]:
-    import asyncio
-
-    from sglang.srt.runtime_context import get_context
     from sglang.srt.utils.hf_transformers_utils import get_processor
     from transformers import AutoConfig
 
@@ -230,44 +228,41 @@ def _llava_video(model: Path) -> Iterator[Callable[..., Any]]:
     from pevlm_sglang.families.llava_video.processor import LlavaVideoProcessor
 
     hf_processor = load_processor(get_processor, str(model), model_name=str(model))
-    video = {"num_frames": 8, "max_frames": 8}
-    with get_context().override_server_args(device="cpu", mm_process_config={"video": video}):
-        arguments = SimpleNamespace(dtype="float32")
-        processor = LlavaVideoProcessor(
-            AutoConfig.from_pretrained(model), arguments, hf_processor, "default"
-        )
-
-        def ask(videos: list[str], images: list[str]) -> Any:
-            prompt = f"{'<video>' * len(videos)}{'<image>' * len(images)}What?"
-            request = SimpleNamespace(video_data=videos, modalities=None)
-            return asyncio.run(processor.process_mm_data_async(images, prompt, request))
-
+    config = AutoConfig.from_pretrained(model)
+    with _placeholders(LlavaVideoProcessor, config, hf_processor, "<video>") as ask:
         yield ask
 
 
 @contextlib.contextmanager
 def _longvila(model: Path) -> Iterator[Callable[..., Any]]:
-    import asyncio
-
-    from sglang.srt.runtime_context import get_context
     from sglang.srt.utils.hf_transformers_utils import get_config, get_processor
 
     from pevlm_sglang.families.longvila import checkpoint
     from pevlm_sglang.families.longvila.processor import LongVilaProcessor
 
     checkpoint.register()
-    context = get_context().override_server_args(device="cpu", mm_process_config={})
+    config = get_config(str(model), trust_remote_code=False)
+    hf_processor = get_processor(str(model), model_name=str(model))
+    with _placeholders(LongVilaProcessor, config, hf_processor, "<vila/video>") as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def _placeholders(
+    kind: Any, config: Any, hf_processor: Any, video_token: str
+) -> Iterator[Callable[..., Any]]:
+    from sglang.srt.runtime_context import get_context
+
+    settings = {"video": {"num_frames": 8, "max_frames": 8}}
+    context = get_context().override_server_args(
+        device="cpu", dtype="float32", mm_process_config=settings
+    )
     with context as server_args:
-        processor = LongVilaProcessor(
-            get_config(str(model), trust_remote_code=False),
-            server_args,
-            get_processor(str(model), model_name=str(model)),
-            "default",
-        )
+        processor = kind(config, server_args, hf_processor, "default")
 
         def ask(videos: list[str], images: list[str]) -> Any:
-            prompt = f"{'<vila/video>' * len(videos)}{'<image>' * len(images)}What?"
-            request = SimpleNamespace(video_data=videos)
+            prompt = f"{video_token * len(videos)}{'<image>' * len(images)}What?"
+            request = SimpleNamespace(video_data=videos, modalities=None)
             return asyncio.run(processor.process_mm_data_async(images, None, prompt, request))
 
         yield ask

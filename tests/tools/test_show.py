@@ -219,7 +219,7 @@ def test_flags_take_precedence_over_the_preset(
         ("--duration 0.03", "sampled frames: expected nframes of at least 2, got 0"),
         ("--duration 2 --mm-process-config '{\"video\": {\"nframes\": 90}}'", "has only 60"),
         ("--duration 2 --video-fps 0", "video_fps: expected more than 0"),
-        ("--frames 8 --fps 0", "fps: expected more than 0"),
+        ("--frames 8 --fps 0", "fps: expected a number of more than 0"),
         ("--frames 8 --size 1280", "expected WIDTHxHEIGHT"),
         ("--frames 8 --size 0x9", "at least 1 pixel"),
         ("--frames 8 --size 9000x40", "ratio of at most 200"),

@@ -54,6 +54,11 @@ class Family:
     def architectures(self) -> tuple[str, ...]:
         return tuple(self.checkpoints)
 
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The video settings of a server that take effect, and what a request may say itself."""
+        geometry = next(iter(self.sizes.PUBLISHED.values()))
+        return geometry.setting_names, tuple(geometry.limits(geometry.settings({})))
+
     def corrected(self, hf_config: Any) -> tuple[str, ...]:
         """What is corrected for a model, in words."""
         needless = self.load("needless")

@@ -20,13 +20,7 @@ from pevlm_sglang.families.refused import REASONS
 from pevlm_sglang.families.sizes import Geometry, read_json
 from pevlm_sglang.families.spans import SpanRule
 
-FAMILIES: tuple[Family, ...] = (
-    QWEN2_VL,
-    QWEN3_VL,
-    INTERNVL,
-    LLAVA_VIDEO,
-    LONGVILA,
-)
+FAMILIES: tuple[Family, ...] = (QWEN2_VL, QWEN3_VL, INTERNVL, LLAVA_VIDEO, LONGVILA)
 
 
 def family_of(architectures: Iterable[str] | None) -> Family:
@@ -73,7 +67,7 @@ def published() -> dict[str, Geometry]:
 
 def setting_names() -> list[str]:
     """The video settings of a server that take effect in some family."""
-    return sorted({name for family in FAMILIES for name in family.sizes.SETTINGS})
+    return sorted({name for family in FAMILIES for name in family.names()[0]})
 
 
 def of_checkpoint(directory: Path) -> Geometry:
@@ -114,14 +108,11 @@ def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
 
 
 def processor_class(upstream: type | None, hf_config: Any) -> type:
-    """The multimodal processor of a model.
-
-    Args:
-        upstream: the class that SGLang would take.
+    """The multimodal processor of a model, where SGLang would take ``upstream``.
 
     Raises:
-        UnsupportedError: a class that is not SGLang's own: without ours, the video is not what this
-            server says it is.
+        UnsupportedError: that is not SGLang's own: without ours, the video is not what this server
+            says it is.
     """
     family = family_of(hf_config.architectures)
     return _ours("multimodal processor", family, family.load("processor"), upstream)

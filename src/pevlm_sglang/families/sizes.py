@@ -4,10 +4,12 @@ stands on it; nothing here imports SGLang or torch."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -28,43 +30,100 @@ class VideoTokens:
     grid: tuple[int, int, int] | None = None
 
 
-class Geometry(Protocol):
+@dataclass(frozen=True)
+class Settings:
+    """Video settings of a server: keys of SGLang's ``--mm-process-config '{"video": {...}}'``.
+
+    Raises:
+        ValueError: a value of the wrong type, or not positive.
+    """
+
+    whole: ClassVar[tuple[str, ...]] = ()  # names whose values are whole numbers
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            whole = field.name in self.whole
+            ok = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not ok or not 0 < value < math.inf:
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{field.name}: expected {kind} of more than 0, got {value!r}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], names: Sequence[str], **defaults: Any) -> Self:
+        """The settings in the ``video`` section of the server's flag.
+
+        Args:
+            values: of the section.
+            names: those that the family heeds.
+            defaults: where a checkpoint has its own.
+
+        Raises:
+            ValueError: an unknown name, or a bad value.
+        """
+        if unknown := [name for name in values if name not in names]:
+            raise ValueError(f"video setting {unknown[0]}: expected one of {', '.join(names)}")
+        return cls(**{**defaults, **values})
+
+    def given(self) -> dict[str, float]:
+        """The settings that are not at their default, as the server's flag takes them."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+
+@dataclass(frozen=True)
+class Geometry(ABC):
     """How a checkpoint samples, resizes and spells a video on a server with PEVLM.
 
     Attributes:
         model_type: of ``config.json``.
+        patch_size: pixels a side of a patch of the vision tower.
+        merge_size: patches a side that become one token.
         frames_per_step: sampled frames that the vision tower merges into one step.
         context_length: tokens, of ``config.json``; None where it does not say.
-        default_prompt_tokens: of the system prompt that the chat template adds by itself.
+        setting_names: in the ``video`` section of ``--mm-process-config``, those that it heeds.
     """
 
-    @property
-    def model_type(self) -> str: ...
+    model_type: str = ""
+    patch_size: int = 14
+    merge_size: int = 2
+    frames_per_step: int = 1
+    context_length: int | None = None
+
+    setting_names: ClassVar[tuple[str, ...]]
 
     @property
-    def frames_per_step(self) -> int: ...
+    def default_prompt_tokens(self) -> int:
+        """Of the system prompt that the chat template adds by itself."""
+        return 6  # "You are a helpful assistant."
 
-    @property
-    def context_length(self) -> int | None: ...
-
-    @property
-    def default_prompt_tokens(self) -> int: ...
-
+    @abstractmethod
     def settings(self, values: Mapping[str, Any]) -> Any:
-        """The settings in the ``video`` section of SGLang's ``--mm-process-config``: a frozen
-        dataclass with ``given()``, the values that are not at their default.
+        """The :class:`Settings` in the ``video`` section of the server's flag.
 
         Raises:
             ValueError: an unknown name, a bad value, or values that contradict each other.
         """
 
+    @abstractmethod
+    def limits(self, settings: Any) -> dict[str, float]:
+        """What a request may say beside its video, and its largest value."""
+
+    @abstractmethod
     def sample(self, sampled: int, settings: Any) -> tuple[int, float]:
-        """Length in frames and frame rate of a file of which ``sampled`` frames are sampled.
+        """Length in frames and frame rate of a file of which ``sampled`` frames are sampled: one
+        of as many.
 
         Raises:
-            ValueError: no file gives that number.
+            ValueError: another number is sampled.
         """
 
+    @abstractmethod
     def video(
         self, total_frames: int, fps: float, size: tuple[int, int], settings: Any
     ) -> VideoTokens:
@@ -84,19 +143,15 @@ class Geometry(Protocol):
         Args:
             prompt_tokens: of the system prompt; 0 where there is none.
         """
+        return 8, 5
 
 
 class SizeRules(Protocol):
     """What a family's module ``sizes`` offers.
 
     Attributes:
-        SETTINGS: names in the ``video`` section of ``--mm-process-config`` that it heeds.
-        WISHES: names that a request may say beside its video.
         PUBLISHED: the published checkpoints, by a name for the command line.
     """
-
-    SETTINGS: tuple[str, ...]
-    WISHES: tuple[str, ...]
 
     @property
     def PUBLISHED(self) -> Mapping[str, Geometry]: ...  # noqa: N802
@@ -105,8 +160,7 @@ class SizeRules(Protocol):
         """The geometry of a checkpoint.
 
         Args:
-            config: of ``config.json``.
-            directory: of the checkpoint.
+            config: of ``config.json`` in the directory.
 
         Raises:
             ValueError: a missing file, or settings that are not known here.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
+from operator import index
 from typing import Any, Protocol
 
 from pevlm_sglang.errors import FrameSpanError
@@ -14,6 +18,7 @@ IMAGE_RUN_GAP = 32
 """Neighbouring images at most this many tokens apart belong to one run."""
 
 _LABELS = "pevlm_labels"
+_MOST_LABEL_TOKENS = 24  # as many as "<999999999999.9 seconds>" has characters
 
 
 class SpanRules(Protocol):
@@ -110,6 +115,22 @@ def grid_rows(item: Any) -> list[list[int]]:
         ) from None
 
 
+def equal_steps(span: Range, steps: int, *, more: int = 0) -> tuple[Range, ...]:
+    """The steps of a video, all of one length; the last has up to ``more`` tokens beyond it.
+
+    Raises:
+        FrameSpanError: the tokens do not split like that.
+    """
+    start, end = span
+    length, rest = divmod(end - start, max(steps, 1))
+    if steps < 1 or length < 1 or rest > more:
+        raise FrameSpanError(
+            f"video of {steps} steps: expected a number of tokens that splits into equal steps, "
+            f"got {end - start}"
+        )
+    return tuple(pairwise([*(start + i * length for i in range(steps)), end]))
+
+
 def leave_labels(item: Any, videos: Sequence[tuple[int, int]]) -> None:
     """Leave word with a VIDEO item of where its videos begin, in families that write a label
     before each step (``Frame1: ``, ``<0.2 seconds>``).
@@ -122,53 +143,76 @@ def leave_labels(item: Any, videos: Sequence[tuple[int, int]]) -> None:
     setattr(item, _LABELS, [list(video) for video in videos])
 
 
+def label_tokens(tokenizer: Any, before: Sequence[int], label: str, what: str) -> int:
+    """How many tokens at the end of ``before`` hold nothing but the first label of a video.
+
+    A token in which other text runs on into the label is not among them: it is that text's.
+
+    Args:
+        before: the prompt up to the opening token of the first step.
+        label: a regular expression, and ``what`` it stands for in words.
+
+    Raises:
+        ValueError: no label there (HTTP 400).
+    """
+    text = ""
+    for count in range(1, min(_MOST_LABEL_TOKENS, len(before)) + 1):
+        text = tokenizer.decode(before[-count:], clean_up_tokenization_spaces=False)
+        if (found := re.search(rf"(?:{label})\Z", text)) is not None:
+            return count if found.start() == 0 else count - 1
+    raise ValueError(
+        f"first step of a video: expected {what} before position {len(before)}, got {text!r}"
+    )
+
+
 def labelled_videos(
-    item: Any, inputs: Any, ids: Sequence[int], *, closing: int
-) -> list[list[Range]]:
-    """The steps of each video of an item with an offset a step, a label and an opening token
+    inputs: Any, ids: Sequence[int], frames_per_step: int, *, closing: int
+) -> list[FrameSpans]:
+    """The videos of a family with an offset a step, a label and an opening token
     (``inputs.im_start_id``) before each and a closing one (``im_end_id``) after.
 
     A label belongs to the step that follows it, and what closes a step to that step, so the steps
     of a video tile it.
 
     Args:
-        ids: see :meth:`SpanRules.video_spans`.
+        inputs, ids: see :meth:`SpanRules.video_spans`.
         closing: tokens after a step's placeholders that are its own, the closing one the first.
 
     Raises:
         FrameSpanError: an item that did not pass PEVLM's processor, or that the prompt contradicts.
     """
-    steps = item_ranges(item)
-    labels = item.model_specific_data.get(_LABELS)
-    if not isinstance(labels, list | tuple) or not all(map(_is_pair, labels)):
+    videos = []
+    for item in filter(lambda item: item.is_video(), inputs.mm_items):
+        steps = item_ranges(item)
+        labels = _labels(item, len(steps))
+        for step in steps:
+            _check_wrapped(step, item, inputs, ids, closing)
+        rest = iter(steps)
+        for count, label in labels:
+            own = list(islice(rest, count))
+            edges = [own[0][0] - 1 - label, *(end + closing for _, end in own)]
+            videos.append(FrameSpans(tuple(pairwise(edges)), frames_per_step))
+    return videos
+
+
+def _labels(item: Any, steps: int) -> list[tuple[int, int]]:
+    """What :func:`leave_labels` left with an item of so many steps."""
+    try:
+        found = [(index(n), index(label)) for n, label in item.model_specific_data.get(_LABELS)]
+    except (TypeError, ValueError):
+        found = [(0, 0)]
+    if any(n < 1 or label < 0 for n, label in found):
         raise FrameSpanError(
             "video item: expected a video that this server sampled itself, got one that was "
             "processed before (processor_output, precomputed_embedding); send a video, or "
             "custom_params['pevlm']['enabled'] = false"
         )
-    if sum(count for count, _ in labels) != len(steps):
+    counts = [n for n, _ in found]
+    if sum(counts) != steps:
         raise FrameSpanError(
-            f"video item: expected one offset a step ({[count for count, _ in labels]} steps), "
-            f"got {len(steps)}"
+            f"video item: expected one offset a step ({counts} steps), got {steps}"
         )
-    for step in steps:
-        _check_wrapped(step, item, inputs, ids, closing)
-    videos, at = [], 0
-    for count, label_tokens in labels:
-        start = steps[at][0] - 1 - label_tokens
-        ends = [end + closing for _, end in steps[at : at + count]]
-        videos.append(list(zip([start, *ends[:-1]], ends, strict=True)))
-        at += count
-    return videos
-
-
-def _is_pair(label: Any) -> bool:
-    return (
-        isinstance(label, list | tuple)
-        and [type(part) for part in label] == [int, int]
-        and label[0] > 0
-        and label[1] >= 0
-    )
+    return found
 
 
 def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], closing: int) -> None:
@@ -194,14 +238,9 @@ def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpa
     """Group images in prompt order; a video between two images ends the run."""
     groups: list[list[Range]] = []
     for image in images:
-        if groups and _adjacent(groups[-1][-1], image, videos):
-            groups[-1].append(image)
-        else:
-            groups.append([image])
+        end = groups[-1][-1][1] if groups else -math.inf
+        between = any(end <= video.start < image[0] for video in videos)
+        if image[0] - end > IMAGE_RUN_GAP or between:
+            groups.append([])
+        groups[-1].append(image)
     return [FrameSpans(tuple(group), image_run=True) for group in groups]
-
-
-def _adjacent(left: Range, right: Range, videos: Sequence[FrameSpans]) -> bool:
-    gap = right[0] - left[1]
-    between = any(left[1] <= video.start < right[0] for video in videos)
-    return gap <= IMAGE_RUN_GAP and not between

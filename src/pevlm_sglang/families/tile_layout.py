@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 def tile_layout(
     width: int, height: int, size: int, most: int, *, least: int = 1
@@ -25,3 +30,22 @@ def tile_layout(
         if distance < closest or (distance == closest and fills):
             best, closest = (columns, rows), distance
     return best
+
+
+def cut(image: Image.Image, size: int, most: int, *, least: int = 1) -> list[Image.Image]:
+    """The tiles of a picture, row by row, and the whole of it where they are several; resized by
+    PIL, bicubic. See :func:`tile_layout`."""
+    columns, rows = tile_layout(*image.size, size, most, least=least)
+    large = image.resize((size * columns, size * rows))
+    tiles = [
+        large.crop((x, y, x + size, y + size))
+        for y in range(0, size * rows, size)
+        for x in range(0, size * columns, size)
+    ]
+    return tiles if len(tiles) == 1 else [*tiles, image.resize((size, size))]
+
+
+def num_tiles(width: int, height: int, size: int, most: int) -> int:
+    """How many tiles :func:`cut` makes of a picture."""
+    columns, rows = tile_layout(width, height, size, most)
+    return columns * rows + (columns * rows > 1)

@@ -1,4 +1,5 @@
-"""Let ``max_pixels`` of a chat request's ``video_url`` part reach the processors.
+"""Let ``max_pixels`` of a chat request's ``video_url`` part reach the processors, and refuse names
+there that nobody reads.
 
 SGLang passes ``fps`` and ``max_frames`` on and drops names that its request model does not declare.
 Before the HTTP server is built, the name is declared here and added to those that are passed on.
@@ -60,6 +61,8 @@ def _declare(models: list[Any]) -> None:
     from pydantic.fields import FieldInfo
 
     models[0].model_fields[NAME] = FieldInfo(annotation=int | None, default=None)
+    for model in models[:2]:  # a name that nobody reads is a 400, in the part and beside it
+        model.model_config["extra"] = "forbid"
     for model in models:
         model.model_rebuild(force=True)
     part = {"type": "video_url", "video_url": {"url": "", NAME: 1}}

@@ -254,9 +254,9 @@ def test_bad_launch_setting(config: dict, message: str) -> None:
 
 
 def test_launch_setting() -> None:
-    assert FrameSettings.of({}, default=32) == FrameSettings(32, None, 768)
+    assert FrameSettings.of({}, (), num_frames=32) == FrameSettings(32, None, 768)
     values = {"num_frames": 64, "max_frames": 128}
-    assert FrameSettings.of(values, default=32) == FrameSettings(64, None, 128)
+    assert FrameSettings.of(values, [*values], num_frames=32) == FrameSettings(64, None, 128)
     registry.check_launch(CONFIG, values)
 
 

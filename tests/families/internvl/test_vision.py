@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pevlm_sglang.families.internvl.tiles import Preparation
+from pevlm_sglang.families.internvl.sizes import PUBLISHED
+from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.tile_layout import tile_layout
 from support.families import internvl as reference
 from support.families import internvl_upstream
@@ -60,7 +61,7 @@ def test_pixels_of_a_video(model: Path, clip: Clip, size: tuple[int, int]) -> No
 def test_pixels_of_an_image(size: tuple[int, int], most: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     picture = Image.fromarray(noise)
-    tiles = Preparation(448, torch.float32).tiles(picture, most)
+    tiles = tiles_of(picture, 448, most)
     assert torch.equal(tiles, reference.load(picture, most))
 
 
@@ -72,7 +73,9 @@ def test_tile_layout(width: int, height: int, most: int) -> None:
 @given(st.integers(1, 100_000), st.integers(1, 768))
 def test_indices(total: int, count: int) -> None:
     """The middles of equal segments, in order and in the video; a short one repeats frames."""
-    indices = Preparation(448, torch.float32).indices(total, count)
+    geometry = PUBLISHED["internvl3_5"]
+    settings = geometry.settings({"num_frames": count})
+    indices = geometry.indices(total, 30.0, settings)
     assert indices == sorted(indices)
     assert len(indices) == count
     assert 0 <= indices[0] <= indices[-1] <= max(0, total - 1)

@@ -70,7 +70,9 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
     from pevlm_sglang.families.llava_video.processor import LlavaVideoProcessor
 
     hf_processor = load_processor(get_processor, str(directory), model_name=str(directory))
-    with runtime.get_context().override_server_args(device="cpu", mm_process_config={}):
+    with runtime.get_context().override_server_args(
+        device="cpu", dtype="float32", mm_process_config={}
+    ):
         processor = LlavaVideoProcessor(
             AutoConfig.from_pretrained(directory),
             SimpleNamespace(dtype="float32"),
@@ -85,7 +87,7 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
             modalities: Any = None,
         ) -> Any:
             request = SimpleNamespace(video_data=list(videos), modalities=modalities)
-            return asyncio.run(processor.process_mm_data_async(list(images), prompt, request))
+            return asyncio.run(processor.process_mm_data_async(list(images), None, prompt, request))
 
         yield run
 
@@ -166,8 +168,8 @@ def test_a_frame_and_a_picture_are_known_apart(process: Any) -> None:
 @pytest.mark.parametrize(
     ("prompt", "media", "message"),
     [
-        ("What?", {"videos": ["x.mp4"]}, r"one <video> a video \(1\), got 0"),
-        ("<image>", {}, r"one <image> an image \(0\), got 1"),
+        ("What?", {"videos": ["x.mp4"]}, "expected 1 of <video>, one for each video, got 0"),
+        ("<image>", {}, "expected 0 of <image>, one for each image, got 1"),
         ("<video>", {"videos": [{"format": "processor_output"}]}, "got a dict"),
         ("<video>", {"videos": [{"url": "x", "max_pixels": 9}]}, "max_pixels: expected one of fps"),
         ("<video>", {"videos": [{"url": "x", "max_frames": 769}]}, "at most 768, the server's"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pevlm_sglang.errors import FrameSpanError, UnsupportedError
 from pevlm_sglang.families import registry
 from pevlm_sglang.families.llava_video import spans as llava_video
-from pevlm_sglang.families.llava_video.sizes import PUBLISHED, TokenLayout, sampled_frames
+from pevlm_sglang.families.llava_video.sizes import PUBLISHED, TokenLayout
 from pevlm_sglang.families.llava_video.spans import FRAMES
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import FrameSpans
@@ -94,9 +94,9 @@ def test_pictures_are_no_video() -> None:
     [
         (item("VIDEO", None, 3), "video item: expected offsets, got none"),
         (item("VIDEO", [(0, 11), (12, 23)], 2), "expected one offset, got 2"),
-        (item("VIDEO", [(0, 37)], 3), "video of 3 frames: .* equal steps, got 38"),
-        (item("VIDEO", [(0, 11)], 0), "video of 0 frames"),
-        (item("VIDEO", [(0, 1)], 3), "video of 3 frames"),
+        (item("VIDEO", [(0, 37)], 3), "video of 3 steps: .* equal steps, got 38"),
+        (item("VIDEO", [(0, 11)], 0), "video of 0 steps"),
+        (item("VIDEO", [(0, 1)], 3), "video of 3 steps"),
     ],
 )
 def test_items_that_do_not_fit(bad: Any, message: str) -> None:
@@ -160,17 +160,22 @@ def test_another_layout_is_refused_at_start(changes: dict[str, Any]) -> None:
 # --- Sampling ------------------------------------------------------------------------------------
 
 
+def sampled(total: int, video_fps: float, frames: int, fps: float | None) -> list[int]:
+    geometry = PUBLISHED["llava_video"]
+    return geometry.indices(total, video_fps, geometry.settings({"num_frames": frames, "fps": fps}))
+
+
 @pytest.mark.parametrize("total", [1, 2, 63, 64, 65, 154, 300, 7201])  # 154: rounding shows
 @pytest.mark.parametrize("frames", [1, 8, 16, 17, 64])
 def test_even_sampling(total: int, frames: int) -> None:
-    indices = sampled_frames(total, 29.97, frames, None)
+    indices = sampled(total, 29.97, frames, None)
     assert indices == np.linspace(0, total - 1, frames, dtype=int).tolist()
 
 
 def test_sampling_by_the_second() -> None:
-    assert sampled_frames(100, 29.97, 64, 1) == [0, 30, 60, 90]
-    assert sampled_frames(100, 29.97, 3, 1) == [0, 49, 99]
-    assert sampled_frames(5, 10, 64, 100) == [0, 1, 2, 3, 4]
+    assert sampled(100, 29.97, 64, 1) == [0, 30, 60, 90]
+    assert sampled(100, 29.97, 3, 1) == [0, 49, 99]
+    assert sampled(5, 10, 64, 100) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

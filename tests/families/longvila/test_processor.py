@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.families import registry
-from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.longvila import spans as longvila
+from pevlm_sglang.families.longvila.sizes import PUBLISHED
 from pevlm_sglang.families.spans import SpanRule
 from support.families.longvila import (
     IMAGE,
@@ -178,10 +178,8 @@ def test_prompt_of_ids(
 def test_which_frames(
     total: int, video_fps: float, most: int, fps: float | None, expected: list[int]
 ) -> None:
-    pytest.importorskip("sglang")
-    from pevlm_sglang.families.longvila.processor import frame_indices
-
-    assert frame_indices(total, video_fps, most=most, fps=fps).tolist() == expected
+    settings = PUBLISHED["longvila"].settings({"num_frames": most, "fps": fps})
+    assert PUBLISHED["longvila"].indices(total, video_fps, settings) == expected
 
 
 def test_settings_of_the_server_and_of_a_request(
@@ -212,7 +210,7 @@ def test_settings_of_the_server_and_of_a_request(
 )
 def test_bad_settings_of_the_server(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FrameSettings.of(values, default=256)
+        PUBLISHED["longvila"].settings(values)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +360,8 @@ def test_configuration_comes_from_the_directories(directory: Path) -> None:
     """The copies inside ``config.json`` are of another model here."""
     config = read(directory)
     assert config.text_config.hidden_size == 64
-    assert (config.frame_size, config.tokens_per_frame, config.tower_layers) == (70, 9, 2)
+    geometry = config.geometry
+    assert (geometry.image_size, geometry.tokens_per_frame, config.tower_layers) == (70, 9, 2)
     assert config.num_video_frames == NUM_FRAMES
     assert registry.span_rule(config) == RULE
 
@@ -381,7 +380,7 @@ def test_tokens_of_published_frames(size: int, patch: int, projector: str, token
 
     config = VilaConfig(mm_projector_type=projector)
     config.vision_config = SimpleNamespace(image_size=size, patch_size=patch)
-    assert config.tokens_per_frame == tokens
+    assert config.geometry.tokens_per_frame == tokens
     assert config.num_video_frames == 256
 
 
@@ -403,13 +402,11 @@ def test_other_vila_models_are_refused(tmp_path: Path, setting: str, value: Any)
 
 
 def test_text_around_frames(directory: Path) -> None:
-    from pevlm_sglang.families.longvila.checkpoint import FrameText
-
     config = read(directory)
-    assert config.frame_text("video") == FrameText("", "\n")
+    assert config.frame_text("video") == ("", "\n")
     config.video_encoder = '{"start_tokens": "<v>", "end_tokens": null}'
-    assert config.frame_text("video") == FrameText("<v>", "")
-    assert config.frame_text("image") == FrameText("", "\n")
+    assert config.frame_text("video") == ("<v>", "")
+    assert config.frame_text("image") == ("", "\n")
 
 
 class _LanguageModel(torch.nn.Module):

@@ -330,7 +330,7 @@ def test_frames_instead_of_a_file(start: Start) -> None:
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ({"fps": 0}, "--mm-process-config: fps: expected more than 0, got 0"),
+        ({"fps": 0}, "--mm-process-config: fps: expected a number of more than 0, got 0"),
         ({"fps": "2"}, "fps: expected a number"),
         ({"max_frame": 8}, "video setting max_frame: expected one of fps, nframes"),
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),

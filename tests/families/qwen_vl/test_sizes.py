@@ -106,7 +106,7 @@ def test_sampled_frames_are_the_references(
     geometry = PUBLISHED["qwen2_5_vl"]
     refusals = 0
     for total, fps in cases:
-        ours = outcome(geometry.sampled_frames, total, fps, VideoSettings.of(settings))
+        ours = outcome(geometry.sampled_frames, total, fps, VideoSettings(**settings))
         assert ours == outcome(reference.smart_nframes, settings, total, fps), (total, fps)
         assert ours == outcome(upstream.smart_nframes, settings, total, fps), (total, fps)
         refusals += ours == "refused"

@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 
-from pevlm_sglang.families.internvl.tiles import Preparation
 from pevlm_sglang.families.tile_layout import tile_layout
 from support.isolated import run_module
 from support.processor import Processor, sglang_processor
@@ -37,15 +36,15 @@ def processor(
 
     from pevlm_sglang.families.internvl import processor as module
 
-    def empty(self: Any, picture: Any, most: int) -> torch.Tensor:
-        columns, rows = tile_layout(picture.width, picture.height, 448, most)
+    def empty(picture: Any, size: int, most: int) -> torch.Tensor:
+        columns, rows = tile_layout(picture.width, picture.height, size, most)
         return torch.zeros(columns * rows + (columns * rows > 1), 3, 1, 1)
 
     config = InternVLChatConfig.from_pretrained(model)
     kind = upstream_module.InternVLProcessor if upstream else module.PevlmInternVLProcessor
     with (
         mock.patch.object(upstream_module, "get_device", return_value="cpu"),
-        mock.patch.object(Preparation, "tiles", Preparation.tiles if pixels else empty),
+        mock.patch.object(module, "tiles_of", module.tiles_of if pixels else empty),
         sglang_processor(kind, config, AutoTokenizer.from_pretrained(model), **options) as found,
     ):
         yield found

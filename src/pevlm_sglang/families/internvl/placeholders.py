@@ -7,7 +7,6 @@ by one: a video before an image takes the image's, and both get wrong features
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pevlm_sglang.seams import wrap
@@ -22,11 +21,9 @@ def install(architecture: str) -> None:
     from sglang.srt.managers.mm_utils import MultiModalityDataPaddingPatternMultimodalTokens
     from sglang.srt.models.internvl import InternVLChatModel
 
-    def by_offsets(pad_input_ids: Callable[..., Any]) -> Callable[..., Any]:
-        def corrected(self: Any, input_ids: Any, mm_inputs: Any) -> Any:
-            pattern = MultiModalityDataPaddingPatternMultimodalTokens()
-            return pattern.pad_input_tokens(input_ids, mm_inputs)
+    pattern = MultiModalityDataPaddingPatternMultimodalTokens()
 
-        return corrected
+    def by_offsets(pad_input_ids: Any) -> Any:
+        return lambda self, input_ids, mm_inputs: pattern.pad_input_tokens(input_ids, mm_inputs)
 
     wrap(InternVLChatModel, "pad_input_ids", by_offsets, parameters=("input_ids", "mm_inputs"))

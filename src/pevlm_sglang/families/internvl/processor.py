@@ -7,9 +7,11 @@ see ``tiles.py`` for how else it differs from the reference.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,57 +24,28 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from pevlm_sglang.families.internvl.sizes import settings_of
-from pevlm_sglang.families.internvl.tiles import Preparation
-from pevlm_sglang.families.spans import leave_labels
-from pevlm_sglang.families.tile_layout import tile_layout
-from pevlm_sglang.media.sources import SafeSources
-from pevlm_sglang.media.tower_dtype import tower_dtype
-from pevlm_sglang.media.video_file import decoding, frame_bytes
-from pevlm_sglang.media.wishes import Wishes, split
+from pevlm_sglang.families.internvl.sizes import InternVLGeometry, label
+from pevlm_sglang.families.internvl.tiles import tiles_of
+from pevlm_sglang.families.processor import VideoProcessor
+from pevlm_sglang.families.spans import label_tokens, leave_labels
+from pevlm_sglang.families.tile_layout import num_tiles
+from pevlm_sglang.media.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
-# SGLang's own names for what is yet to be written out.
-_IMAGE, _VIDEO = "<<<__IMG_PLACEHOLDER__>>>", "<<<__VID_PLACEHOLDER__>>>"
 
-
-@dataclass(frozen=True)
-class _Video:
-    """A sampled video.
-
-    Attributes:
-        tiles: ``[tiles of all frames, 3, size, size]``
-        tiles_per_frame: tiles of each frame.
-    """
-
-    tiles: torch.Tensor
-    tiles_per_frame: tuple[int, ...]
-
-
-class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
-    """In place of SGLang's on a server with PEVLM.
-
-    Raises:
-        ValueError: a bad ``--mm-process-config``, or, of a request, bad wishes or media.
-    """
+class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
+    """In place of SGLang's on a server with PEVLM."""
 
     video_preprocessing_device = "cpu"  # decode there, as the reference does
 
-    def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hf_config, server_args, *args, **kwargs)
-        self._settings = settings_of(self.video_config)
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, *args, **kwargs)
         self._size = int(hf_config.force_image_size or hf_config.vision_config.image_size)
-        self._preparation = Preparation(self._size, tower_dtype(hf_config))
 
     @staticmethod
-    def check_launch(hf_config: Any, video_config: Mapping[str, Any]) -> None:
-        """Refuse bad video settings of a server.
-
-        Raises:
-            ValueError: an unknown name, or a bad value.
-        """
-        settings_of(video_config)
+    def geometry_of(hf_config: Any) -> InternVLGeometry:
+        return InternVLGeometry()  # for its sampling alone
 
     async def process_qwen_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
@@ -82,9 +55,7 @@ class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
         Raises:
             ValueError: HTTP 400.
         """
-        videos, wishes = split(getattr(request_obj, "video_data", None))
-        for wish in wishes:
-            wish.check({"max_frames": self._settings.max_frames})
+        videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
         media = await self.load_mm_data(
             prompt=self._with_placeholders(input_text or "", image_data or (), videos),
             image_data=image_data,
@@ -92,17 +63,24 @@ class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
             multimodal_tokens=self.mm_tokens,
             discard_alpha_channel=True,
         )
-        images = await asyncio.to_thread(self._images, media.images, request_obj)
-        counts = self._counts(media, wishes, images, request_obj)
+        most_of = {kind: self._most(request_obj, kind) for kind in ("image", "video")}
+        pictures = [image.convert("RGB") for image in media.images]
+        images = [
+            await asyncio.to_thread(self._tiles, picture, most_of["image"]) for picture in pictures
+        ]
+        counts = self._counts(media, wishes, sum(map(len, images)), most_of["video"])
         sampled = [
-            await asyncio.to_thread(self._sample, video, count, self._most(request_obj, "video"))
+            await asyncio.to_thread(self._sample, video, count, most_of["video"])
             for video, count in zip(media.videos, counts, strict=True)
         ]
         text = self._expanded(media.input_text, images, sampled)
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"].flatten()
         return MultimodalProcessorOutput(
             input_ids=ids.tolist(),
-            mm_items=self._image_items(ids, images) + self._video_items(ids, sampled),
+            mm_items=[
+                *self._items(Modality.IMAGE, ids, [[tiles] for tiles in images]),
+                *self._items(Modality.VIDEO, ids, sampled),
+            ],
             im_start_id=self.img_start_token_id,
             im_end_id=self.img_end_token_id,
             im_token_id=self.img_context_token_id,
@@ -117,22 +95,16 @@ class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
         given = getattr(request_obj, f"{kind}_max_dynamic_patch", None)
         return max(1, int(given or getattr(request_obj, "max_dynamic_patch", None) or default))
 
-    def _images(self, images: Sequence[Image.Image], request_obj: Any) -> list[torch.Tensor]:
-        """The tiles of each image."""
-        most = self._most(request_obj, "image")
-        return [self._preparation.tiles(image.convert("RGB"), most) for image in images]
+    def _tiles(self, picture: Image.Image, most: int) -> torch.Tensor:
+        return tiles_of(picture, self._size, most).to(self._dtype)
 
-    def _sample(self, video: VideoDecoderWrapper, count: int, most: int) -> _Video:
-        """``count`` frames of a video; runs in a thread, because decoding takes its time."""
-        with decoding():
-            frames = [
-                self._preparation.tiles(_picture(video[index]), most)
-                for index in self._preparation.indices(len(video), count)
-            ]
-        return _Video(torch.cat(frames), tuple(len(tiles) for tiles in frames))
+    def _sample(self, video: Any, count: int, most: int) -> list[torch.Tensor]:
+        """The tiles of each of ``count`` frames; in a thread, because decoding takes its time."""
+        settings = dataclasses.replace(self.settings, num_frames=count)
+        return self.sampled(video, settings, lambda frame: self._tiles(frame, most))
 
     def _counts(
-        self, media: Any, wishes: Sequence[Wishes], images: Sequence[torch.Tensor], request: Any
+        self, media: Any, wishes: Sequence[Wishes], image_tiles: int, most_tiles: int
     ) -> list[int]:
         """Frames of each video: what was asked for, or a default that the context holds.
 
@@ -141,35 +113,26 @@ class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
         """
         if not media.videos:
             return []
+        tiles = 1
         for video in media.videos:
             if not isinstance(video, VideoDecoderWrapper) or not len(video):
                 raise ValueError("video: expected a file with at least one frame, got none")
-        tiles = max(self._tiles_a_frame(video, request) for video in media.videos)
-        wrapping = self._preparation.label(self._settings.num_frames)
+            height, width = video.frame_shape
+            tiles = max(tiles, num_tiles(width, height, self._size, most_tiles))
+        wrapping = label(self.settings.num_frames)
         wrapping += self.IMG_START + self.IMG_END + "\n"
         frame = tiles * self.num_image_token + self._token_len(wrapping)
         taken = self._token_len(media.input_text) + self.CONTEXT_RESERVED
-        taken += sum(map(len, images)) * self.num_image_token
+        taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
-        default = self._settings.num_frames
+        default = self.settings.num_frames
         counts = share([wish.max_frames for wish in wishes], default, most)
         if min(counts) < default and any(wish.max_frames is None for wish in wishes):
             logger.warning(
-                "PEVLM: %s frames of %d videos in place of %d each: the context of %d tokens "
-                "holds %d",
-                counts,
-                len(counts),
-                default,
-                self.max_context_len,
-                most,
+                f"PEVLM: {counts} frames of {len(counts)} videos in place of {default} each: the "
+                f"context of {self.max_context_len} tokens holds {most}"
             )
         return counts
-
-    def _tiles_a_frame(self, video: VideoDecoderWrapper, request_obj: Any) -> int:
-        frame_bytes(video)
-        height, width = video.frame_shape
-        columns, rows = tile_layout(width, height, self._size, self._most(request_obj, "video"))
-        return columns * rows + (columns * rows > 1)
 
     # --- The prompt -------------------------------------------------------------------------
 
@@ -186,80 +149,61 @@ class PevlmInternVLProcessor(SafeSources, InternVLProcessor):
                 prompt = self._ensure_placeholders_before_assistant(prompt, placeholder, len(media))
         return prompt
 
-    def _expanded(self, text: str, images: Sequence[torch.Tensor], videos: Sequence[_Video]) -> str:
+    def _expanded(
+        self,
+        text: str,
+        images: Sequence[torch.Tensor],
+        videos: Sequence[Sequence[torch.Tensor]],
+    ) -> str:
         """The text with each placeholder written out, as it is tokenized."""
-        for placeholder in (self.IMAGE_PLACEHOLDER_TOKEN, self.IMG_CONTEXT):
-            text = text.replace(placeholder, _IMAGE)
-        text = text.replace(self.VIDEO_PLACEHOLDER_TOKEN, _VIDEO)
-        for tiles in images:
-            text = text.replace(_IMAGE, self._wrapped(self.IMG_CONTEXT, len(tiles)), 1)
-        for video in videos:
-            frames = (
-                self._preparation.label(number) + self._wrapped(self.VIDEO_CONTEXT_TOKEN, tiles)
-                for number, tiles in enumerate(video.tiles_per_frame, 1)
+        pictures = (self._wrapped(self.IMG_CONTEXT, tiles) for tiles in images)
+        clips = (
+            "".join(
+                f"{label(number)}{self._wrapped(self.VIDEO_CONTEXT_TOKEN, tiles)}\n"
+                for number, tiles in enumerate(video, 1)
             )
-            text = text.replace(_VIDEO, "\n".join(frames) + "\n", 1)
-        return text
+            for video in videos
+        )
+        written = {
+            self.IMAGE_PLACEHOLDER_TOKEN: pictures,
+            self.IMG_CONTEXT: pictures,
+            self.VIDEO_PLACEHOLDER_TOKEN: clips,
+        }
+        placeholders = "|".join(map(re.escape, written))
+        return re.sub(placeholders, lambda found: next(written[found[0]], found[0]), text)
 
-    def _wrapped(self, token: str, tiles: int) -> str:
-        return self.IMG_START + token * (self.num_image_token * tiles) + self.IMG_END
+    def _wrapped(self, token: str, tiles: torch.Tensor) -> str:
+        return self.IMG_START + token * (self.num_image_token * len(tiles)) + self.IMG_END
 
     # --- Items ------------------------------------------------------------------------------
 
-    def _image_items(
-        self, ids: torch.Tensor, images: Sequence[torch.Tensor]
-    ) -> list[MultimodalDataItem]:
-        """An item an image, so that each is known to the prefix cache by itself."""
-        offsets = self._offsets(ids, self.IMG_CONTEXT, self.img_context_token_id, len(images))
-        return [
-            MultimodalDataItem(feature=tiles, modality=Modality.IMAGE, offsets=[offset])
-            for tiles, offset in zip(images, offsets, strict=True)
-        ]
+    def _items(
+        self, kind: Modality, ids: torch.Tensor, media: Sequence[Sequence[torch.Tensor]]
+    ) -> Iterator[MultimodalDataItem]:
+        """An item an image or video, so that each is known to the prefix cache by itself.
 
-    def _video_items(self, ids: torch.Tensor, videos: Sequence[_Video]) -> list[MultimodalDataItem]:
-        """An item a video."""
-        frames = [len(video.tiles_per_frame) for video in videos]
-        offsets = self._offsets(ids, self.VIDEO_CONTEXT_TOKEN, self.video_token_id, sum(frames))
-        label, at = self._preparation.label(1), 0
-        items: list[MultimodalDataItem] = []
-        for video, count in zip(videos, frames, strict=True):
-            item = MultimodalDataItem(
-                feature=video.tiles, modality=Modality.VIDEO, offsets=offsets[at : at + count]
-            )
-            before = ids[: offsets[at][0] - 1].tolist()
-            leave_labels(item, [(count, opening_tokens(self.tokenizer, before, label))])
-            items.append(item)
-            at += count
-        return items
-
-    def _offsets(
-        self, ids: torch.Tensor, token: str, token_id: int, expected: int
-    ) -> list[tuple[int, int]]:
-        """Where the runs of a placeholder lie; SGLang's offsets are inclusive at the end."""
-        offsets: list[tuple[int, int]] = self.get_mm_items_offset(ids, token_id)
-        if len(offsets) != expected:
+        Args:
+            media: tiles of each run of placeholders.
+        """
+        token, token_id = {
+            Modality.IMAGE: (self.IMG_CONTEXT, self.img_context_token_id),
+            Modality.VIDEO: (self.VIDEO_CONTEXT_TOKEN, self.video_token_id),
+        }[kind]
+        offsets = self.get_mm_items_offset(ids, token_id)
+        if len(offsets) != (expected := sum(map(len, media))):
             raise ValueError(
                 f"prompt: expected {token} only where an image or a video stands ({expected}), "
                 f"got {len(offsets)}; leave it out of the text"
             )
-        return offsets
-
-
-def opening_tokens(tokenizer: Any, before: Sequence[int], label: str) -> int:
-    """How many tokens at the end of ``before`` hold nothing but ``label``, with which it ends.
-
-    A token in which other text runs on into the label is not among them.
-    """
-    for count in range(1, len(before) + 1):
-        text = tokenizer.decode(before[-count:], clean_up_tokenization_spaces=False)
-        if text.endswith(label):
-            return count if text == label else count - 1
-    raise ValueError(f"prompt: expected {label!r} before the first frame of a video, got none")
-
-
-def _picture(frame: Any) -> Image.Image:
-    """A decoded frame, ``[height, width, 3]`` uint8; a tensor where SGLang decodes on the GPU."""
-    return Image.fromarray(frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame)
+        rest = iter(offsets)
+        for runs in media:
+            own = list(islice(rest, len(runs)))
+            item = MultimodalDataItem(feature=torch.cat(list(runs)), modality=kind, offsets=own)
+            if kind is Modality.VIDEO:
+                before, first = ids[: own[0][0] - 1].tolist(), label(1)
+                tokens = label_tokens(self.tokenizer, before, re.escape(first), repr(first))
+                leave_labels(item, [(len(runs), tokens)])
+            yield item
 
 
 def share(wishes: Sequence[int | None], default: int, most: int) -> list[int]:

@@ -13,33 +13,36 @@ from typing import Any
 
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings
 
-DEFAULT_NUM_FRAMES = 32
-SETTINGS: tuple[str, ...] = ("num_frames", "max_frames")  # the reference knows no rate of frames
-WISHES: tuple[str, ...] = ("max_frames",)
+
+def label(number: int) -> str:
+    """The text before frame ``number``, counted from 1."""
+    return f"Frame{number}: "
 
 
 @dataclass(frozen=True)
 class InternVLGeometry(FrameGeometry):
     """See the base."""
 
-    num_frames: int = DEFAULT_NUM_FRAMES
-    context_length: int | None = 40_960
     model_type: str = "internvl_chat"
-    # SGLang's template internvl-2-5, with its Chinese system prompt: an estimate.
-    default_prompt_tokens: int = 42
+    context_length: int | None = 40_960
+    num_frames: int = 32
 
-    def settings(self, values: Mapping[str, Any]) -> FrameSettings:
-        return settings_of(values)
+    setting_names = ("num_frames", "max_frames")  # the reference knows no rate of frames
+
+    @property
+    def default_prompt_tokens(self) -> int:
+        """Of SGLang's template internvl-2-5, with its Chinese system prompt: an estimate."""
+        return 42
+
+    def indices(self, total_frames: int, fps: float, settings: FrameSettings) -> list[int]:
+        """The middle of each of ``num_frames`` equal segments; a short video repeats some."""
+        segment = (total_frames - 1) / settings.num_frames
+        return [int(segment / 2 + round(segment * i)) for i in range(settings.num_frames)]
 
     def text_tokens(self, number: int) -> int:
         """A label is ``Frame``, a token a digit, ``:`` and a space; ``<img>``, ``</img>`` and a
         newline follow."""
         return len(str(number)) + 5 + 1
-
-
-def settings_of(values: Mapping[str, Any]) -> FrameSettings:
-    """See :meth:`FrameSettings.of`."""
-    return FrameSettings.of(values, default=DEFAULT_NUM_FRAMES, names=SETTINGS)
 
 
 PUBLISHED = {"internvl3_5": InternVLGeometry()}

@@ -11,19 +11,16 @@ Source: sglang/srt/multimodal/processors/internvl.py, and ``processor.py`` besid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.families.spans import image_ranges, labelled_videos
-from pevlm_sglang.layout import FrameSpans
 
 __all__ = ["frames_per_step", "image_ranges", "video_spans"]
 
 LANGUAGE_MODELS: tuple[str, ...] = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 """Of the architecture's language models, those of InternVL3.5 that are tested here."""
-
-_CLOSING = 2  # tokens after a frame's pads: </img>, and the one that the newline opens
 
 
 def frames_per_step(hf_config: Any) -> int:
@@ -41,11 +38,4 @@ def frames_per_step(hf_config: Any) -> int:
     return 1
 
 
-def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
-    """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
-    return [
-        FrameSpans(tuple(steps), frames_per_step)
-        for item in inputs.mm_items
-        if item.is_video()
-        for steps in labelled_videos(item, inputs, ids, closing=_CLOSING)
-    ]
+video_spans = partial(labelled_videos, closing=2)  # </img>, and the token the newline opens

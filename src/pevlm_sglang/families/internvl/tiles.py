@@ -20,50 +20,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pevlm_sglang.families.tile_layout import tile_layout
+from pevlm_sglang.families.tile_layout import cut
 
 # Of ImageNet, which the tower was trained with.
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-class Preparation:
-    """How frames are chosen, named and turned into tiles: ``load_video`` and ``load_image`` of the
-    model card.
+def tiles_of(picture: Image.Image, size: int, most: int) -> torch.Tensor:
+    """``[tiles, 3, size, size]`` fp32 of a picture in RGB, an image or a frame alike.
 
     Args:
         size: pixels a side of a tile.
-        dtype: of the tiles, once computed in fp32.
+        most: tiles, the thumbnail aside.
     """
-
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self._size = size
-        self._dtype = dtype
-
-    def label(self, number: int) -> str:
-        """The text before frame ``number``, counted from 1."""
-        return f"Frame{number}: "
-
-    def indices(self, total: int, count: int) -> list[int]:
-        """Which ``count`` of a video's ``total`` frames are sampled; a short one repeats some."""
-        segment = (total - 1) / count
-        return [int(segment / 2 + round(segment * i)) for i in range(count)]
-
-    def tiles(self, picture: Image.Image, most: int) -> torch.Tensor:
-        """``[tiles, 3, size, size]`` of a picture in RGB, an image or a frame alike.
-
-        Args:
-            most: tiles, the thumbnail aside.
-        """
-        columns, rows = tile_layout(picture.width, picture.height, self._size, most)
-        size = self._size
-        whole = picture.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-        corners = [(x * size, y * size) for y in range(rows) for x in range(columns)]
-        tiles = [whole.crop((x, y, x + size, y + size)) for x, y in corners]
-        if len(tiles) > 1:
-            tiles.append(picture.resize((size, size), Image.Resampling.BICUBIC))
-        return torch.stack([self._normalised(tile) for tile in tiles])
-
-    def _normalised(self, tile: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(tile)).permute(2, 0, 1).float() / 255
-        return ((pixels - _MEAN) / _STD).to(self._dtype)
+    pixels = np.stack([np.array(tile) for tile in cut(picture, size, most)])
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - _MEAN) / _STD

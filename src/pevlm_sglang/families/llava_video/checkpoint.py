@@ -24,16 +24,27 @@ def load_processor(
         args, kwargs: of ``get_processor``; ``model_name`` is the model's directory or repository.
     """
     from sglang.srt.utils.hf_transformers.common import resolve_runai_obj_uri
-    from transformers import PretrainedConfig
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+    from transformers import AutoImageProcessor, LlavaProcessor, PretrainedConfig
 
-    model = resolve_runai_obj_uri(kwargs.get("model_name") or tokenizer_name)
     revision = kwargs.get("revision")
     if kwargs.get("image_processor_backend") in (None, "auto"):
         kwargs["image_processor_backend"] = "pil"
     if any(_has_file(tokenizer_name, name, revision) for name in _FILES):
         return get_processor(tokenizer_name, *args, **kwargs)
+    model = resolve_runai_obj_uri(kwargs.get("model_name") or tokenizer_name)
     config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-    return _assemble(tokenizer_name, config["mm_vision_tower"], kwargs)
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(
+            config["mm_vision_tower"], backend=kwargs["image_processor_backend"]
+        ),
+        tokenizer=get_tokenizer(
+            tokenizer_name,
+            tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
+            trust_remote_code=kwargs.get("trust_remote_code", False),
+            tokenizer_revision=revision,
+        ),
+    )
 
 
 def _has_file(repository: str, name: str, revision: str | None) -> bool:
@@ -47,20 +58,3 @@ def _has_file(repository: str, name: str, revision: str | None) -> bool:
         _raise_exceptions_for_connection_errors=False,
     )
     return found is not None
-
-
-def _assemble(tokenizer_name: str, vision_tower: str, kwargs: dict[str, Any]) -> Any:
-    """The processor from the tokenizer's files and those of the vision tower."""
-    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
-    from transformers import AutoImageProcessor, LlavaProcessor
-
-    tokenizer = get_tokenizer(
-        tokenizer_name,
-        tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
-        trust_remote_code=kwargs.get("trust_remote_code", False),
-        tokenizer_revision=kwargs.get("revision"),
-    )
-    image_processor = AutoImageProcessor.from_pretrained(
-        vision_tower, backend=kwargs["image_processor_backend"]
-    )
-    return LlavaProcessor(image_processor=image_processor, tokenizer=tokenizer)

@@ -22,48 +22,32 @@ from sglang.srt.managers.mm_utils import (
     MultiModalityDataPaddingPatternMultimodalTokens,
     general_mm_embed_routine,
 )
-from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models import llava as upstream
-from sglang.srt.multimodal.mm_utils import unpad_image
 from torch.nn import functional
 
-from pevlm_sglang.families.llava_video.image_tokens import shrunk, tile_grid
+from pevlm_sglang.families.llava_video.image_layout import lay_out_image
 from pevlm_sglang.families.llava_video.sizes import POOL_STRIDE, TokenLayout
 
 FRAMES_A_RUN = 16
 """Frames that the vision tower takes at once: it keeps every layer's output, 100 MB a layer of the
 published model at this number."""
 
-_HELD_BACK = ("vision_tower", "image_newline")
-
 
 class LlavaQwenForCausalLM(upstream.LlavaQwenForCausalLM):
     """See the module. SGLang knows an architecture by the name of its class."""
 
-    pevlm_corrections = (
-        "video and image features, newline tokens and their layout follow LLaVA-NeXT",
-        "the vision tower runs in the server's numeric type",
-    )
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the checkpoint; the vision tower after it was given the server's numeric type."""
-        held: list[tuple[str, torch.Tensor]] = []
+        """Load the checkpoint, its vision tower and newline in the server's numeric type."""
 
-        def others() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, weight in weights:
-                if any(part in name for part in _HELD_BACK):
-                    held.append((name, weight))
-                else:
-                    yield name, weight
+        def once_the_tower_is_made() -> Iterator[tuple[str, torch.Tensor]]:
+            # In float16, before SGLang asks for the first weight.
+            dtype = self.language_model.model.embed_tokens.weight.dtype
+            self.vision_tower.to(dtype)
+            newline = self.language_model.model.image_newline
+            newline.data = newline.data.to(dtype)
+            yield from weights
 
-        super().load_weights(others())
-        dtype = self.language_model.model.embed_tokens.weight.dtype
-        self.vision_tower.to(dtype)
-        newline = self.language_model.model.image_newline
-        newline.data = newline.data.to(dtype)
-        parameters = dict(self.named_parameters())
-        for name, weight in held:
-            default_weight_loader(parameters[_parameter(name, parameters)], weight)
+        super().load_weights(once_the_tower_is_made())
 
     def pad_input_ids(self, input_ids: Any, mm_inputs: Any) -> Any:
         """The processor has expanded the placeholders; give each item's its pad values."""
@@ -88,7 +72,15 @@ class LlavaQwenForCausalLM(upstream.LlavaQwenForCausalLM):
 
     def get_image_feature(self, items: list[Any]) -> torch.Tensor:
         """``[tokens, hidden]`` of images, one after the other."""
-        return torch.cat([self._image(item) for item in items])
+        newline = self.language_model.model.image_newline
+        return torch.cat(
+            [
+                lay_out_image(
+                    self._encode(item), newline, self.config, item.model_specific_data["image_size"]
+                )
+                for item in items
+            ]
+        )
 
     def _encode(self, item: Any) -> torch.Tensor:
         """``[frames or tiles, patches, hidden]``, projected."""
@@ -99,24 +91,6 @@ class LlavaQwenForCausalLM(upstream.LlavaQwenForCausalLM):
             for run in pixels.split(FRAMES_A_RUN)
         ]
         return torch.cat(runs)
-
-    def _image(self, item: Any) -> torch.Tensor:
-        """The whole image, then, of an anyres image, the features of its tiles in rows."""
-        features = self._encode(item)
-        newline = self.language_model.model.image_newline
-        if len(features) == 1:
-            return torch.cat([features[0], newline[None]])
-        size = tuple(item.model_specific_data["image_size"])
-        side = self.num_patches_per_side
-        rows, columns = tile_grid(self.config, size)
-        tiles = features[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3)
-        picture = unpad_image(tiles.reshape(-1, rows * side, columns * side), size)
-        target = shrunk(self.config, picture.shape[1], picture.shape[2], side)
-        if target is not None:
-            picture = functional.interpolate(picture[None], target, mode="bilinear")[0]
-        lines = picture.permute(1, 2, 0)
-        ends = newline.expand(len(lines), 1, -1)
-        return torch.cat([features[0], torch.cat([lines, ends], dim=1).flatten(0, 1)])
 
 
 def lay_out(features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor) -> torch.Tensor:
@@ -132,8 +106,8 @@ def lay_out(features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor) 
 
     Source: ``get_2dPool``, ``add_token_per_grid`` and ``add_token_per_frame`` of LLaVA-NeXT.
     """
-    frames, _, hidden = features.shape
-    grid = features.view(frames, layout.patches, layout.patches, hidden).permute(0, 3, 1, 2)
+    frames = len(features)
+    grid = features.unflatten(1, (layout.patches, layout.patches)).permute(0, 3, 1, 2)
     side = layout.side
     if layout.pool_mode == "bilinear":
         pooled = functional.interpolate(grid, size=(side, side), mode="bilinear")
@@ -151,16 +125,3 @@ def lay_out(features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor) 
     if layout.newline == "one_token":
         tokens = torch.cat([tokens, newline[None]])
     return tokens
-
-
-def _parameter(name: str, parameters: dict[str, Any]) -> str:
-    """The parameter that a weight of the checkpoint belongs to.
-
-    Newer transformers have no ``vision_model`` between a tower and its layers.
-    """
-    if name == "model.image_newline":
-        return "language_model.model.image_newline"
-    name = name.removeprefix("model.vision_tower.")
-    if name in parameters:
-        return name
-    return name.replace("vision_tower.vision_model.", "vision_tower.", 1)

@@ -14,14 +14,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
-from pevlm_sglang.families.frame_counts import SETTINGS, WISHES, FrameGeometry, FrameSettings
+from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
 from pevlm_sglang.families.sizes import read_json
-
-__all__ = ["PUBLISHED", "SETTINGS", "WISHES", "of_checkpoint"]
 
 POOL_STRIDE = 2  # of the reference, whatever a configuration says
 _POOLED_SIDE = {"bilinear": math.ceil, "average": math.floor, "max": math.floor}
-_NEWLINES = ("grid", "frame", "one_token", "no_token")
+_KNOWN: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mm_patch_merge_type": ("flat", ("spatial_unpad",)),
+    "add_faster_video": (False, (False, None)),
+    "mm_spatial_pool_mode": ("bilinear", tuple(_POOLED_SIDE)),
+    "mm_newline_position": ("one_token", ("grid", "frame", "one_token", "no_token")),
+}
+"""Names of a configuration → the reference's default, and what is known here."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +38,28 @@ class TokenLayout:
             down.
         newline: ``grid`` (after each row), ``frame``, ``one_token`` (after the video) or
             ``no_token``.
-
-    Raises:
-        UnsupportedError: another pooling or position of newlines.
     """
 
     patches: int
     pool_mode: str = "bilinear"
     newline: str = "grid"
 
-    def __post_init__(self) -> None:
-        _expect("mm_spatial_pool_mode", self.pool_mode, tuple(_POOLED_SIDE))
-        _expect("mm_newline_position", self.newline, _NEWLINES)
-
     @classmethod
     def of(cls, hf_config: Any, patches: int) -> TokenLayout:
-        """The layout of the model with this configuration; defaults are the reference's.
+        """The layout of the model with this configuration.
 
         Raises:
             UnsupportedError: a layout that is not known here.
         """
-        merge_type = getattr(hf_config, "mm_patch_merge_type", "flat")
-        _expect("mm_patch_merge_type", merge_type, ("spatial_unpad",))
-        _expect("add_faster_video", bool(getattr(hf_config, "add_faster_video", False)), (False,))
-        return cls(
-            patches,
-            getattr(hf_config, "mm_spatial_pool_mode", "bilinear"),
-            getattr(hf_config, "mm_newline_position", "one_token"),
-        )
+        values = {name: getattr(hf_config, name, default) for name, (default, _) in _KNOWN.items()}
+        for name, value in values.items():
+            if value not in (allowed := _KNOWN[name][1]):
+                expected = " or ".join(map(str, allowed))
+                raise UnsupportedError(
+                    f"{name} of the model's configuration: expected {expected}, got {value}; PEVLM "
+                    "does not know how the frames of such a model are laid out"
+                )
+        return cls(patches, values["mm_spatial_pool_mode"], values["mm_newline_position"])
 
     @property
     def side(self) -> int:
@@ -77,42 +75,6 @@ class TokenLayout:
         return frames * self.tokens_per_frame + (self.newline == "one_token")
 
 
-def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        expected = " or ".join(str(choice) for choice in allowed)
-        raise UnsupportedError(
-            f"{name} of the model's configuration: expected {expected}, got {value}; PEVLM does "
-            "not know how the frames of such a model are laid out"
-        )
-
-
-DEFAULT_NUM_FRAMES = 64
-
-
-def sampled_frames(
-    total_frames: int, video_fps: float, frames: int, fps: float | None
-) -> list[int]:
-    """The indices of the frames that the reference samples.
-
-    Args:
-        total_frames: in the file.
-        video_fps: of the file.
-        frames: how many; with ``fps``, how many at most.
-        fps: frames from a second of video; None = ``frames``, evenly spread.
-
-    Source: ``load_video``, with ``force_sample`` where ``fps`` is None.
-    """
-    if fps is not None:
-        # The reference has no answer to an fps of more than twice the video's own; it is all here.
-        indices = list(range(0, total_frames, max(1, round(video_fps / fps))))
-        if len(indices) <= frames:
-            return indices
-    if frames == 1:
-        return [0]
-    last = total_frames - 1  # np.linspace(0, last, frames, dtype=int), rounding included
-    return [math.floor(i * (last / (frames - 1))) for i in range(frames - 1)] + [last]
-
-
 @dataclass(frozen=True)
 class LlavaGeometry(FrameGeometry):
     """See the base.
@@ -121,14 +83,20 @@ class LlavaGeometry(FrameGeometry):
         layout: of a video's tokens.
     """
 
-    image_size: int = 384
-    num_frames: int = DEFAULT_NUM_FRAMES
-    context_length: int | None = 32_768
     model_type: str = "llava"
+    context_length: int | None = 32_768
+    image_size: int = 384
+    num_frames: int = 64
     layout: TokenLayout = TokenLayout(patches=27)
 
-    def sampled(self, total_frames: int, fps: float, settings: FrameSettings) -> int:
-        return len(sampled_frames(total_frames, fps, settings.num_frames, settings.fps))
+    def indices(self, total_frames: int, fps: float, settings: FrameSettings) -> list[int]:
+        """As the reference's ``load_video``, with ``force_sample`` where no rate is asked for."""
+        if settings.fps is not None:
+            # The reference has no answer to more than twice the video's own rate; it is all here.
+            indices = list(range(0, total_frames, max(1, round(fps / settings.fps))))
+            if len(indices) <= settings.num_frames:
+                return indices
+        return [int(position) for position in evenly(total_frames, settings.num_frames)]
 
     def steps(self, frames: int) -> tuple[int, ...]:
         steps = [self.layout.tokens_per_frame] * frames
@@ -136,7 +104,7 @@ class LlavaGeometry(FrameGeometry):
         return tuple(steps)
 
 
-_SIGLIP = ("google/siglip-so400m-patch14-384", 384, 14)
+_SIGLIP = "google/siglip-so400m-patch14-384"  # of the published checkpoint, and the defaults
 
 PUBLISHED = {"llava_video": LlavaGeometry()}
 """LLaVA-Video-7B-Qwen2, by a name for the command line."""
@@ -144,17 +112,14 @@ PUBLISHED = {"llava_video": LlavaGeometry()}
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
-    name = config.get("mm_vision_tower")
-    if name == _SIGLIP[0]:
-        _, image_size, patch_size = _SIGLIP
-    else:
+    tower: Mapping[str, Any] = vars(PUBLISHED["llava_video"])
+    if (name := config.get("mm_vision_tower")) != _SIGLIP:
         tower = read_json(Path(str(name)) / "config.json")
         tower = tower.get("vision_config", tower)
-        image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
-    layout = TokenLayout.of(SimpleNamespace(**config), image_size // patch_size)
+    image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
     return LlavaGeometry(
         image_size=image_size,
         patch_size=patch_size,
         context_length=config.get("max_position_embeddings"),
-        layout=layout,
+        layout=TokenLayout.of(SimpleNamespace(**config), image_size // patch_size),
     )

@@ -11,12 +11,11 @@ Source: LLaVA-NeXT, ``prepare_inputs_labels_for_multimodal`` in llava/model/llav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.families.llava_video.sizes import TokenLayout
-from pevlm_sglang.families.spans import image_ranges, item_ranges, runs
+from pevlm_sglang.families.spans import equal_steps, image_ranges, item_ranges, runs
 from pevlm_sglang.layout import FrameSpans, Range
 
 __all__ = ["frames_per_step", "image_ranges", "video_spans"]
@@ -44,28 +43,12 @@ def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[F
     """
     whole: list[FrameSpans] = []
     listed: list[Range] = []
-    for item in inputs.mm_items:
-        if not item.is_video():
-            continue
+    for item in filter(lambda item: item.is_video(), inputs.mm_items):
         ranges = item_ranges(item)
-        frames = item.model_specific_data.get(FRAMES)
-        if frames is None:
+        if (frames := item.model_specific_data.get(FRAMES)) is None:
             listed += ranges
         elif len(ranges) != 1:
             raise FrameSpanError(f"video item: expected one offset, got {len(ranges)}")
-        else:
-            whole.append(FrameSpans(_steps(*ranges[0], int(frames)), frames_per_step))
+        else:  # one token more where a newline follows the video
+            whole.append(FrameSpans(equal_steps(ranges[0], int(frames), more=1), frames_per_step))
     return whole + runs(sorted(listed), whole)
-
-
-def _steps(start: int, end: int, frames: int) -> tuple[Range, ...]:
-    """Equal steps; the newline after a whole video is one token more of the last."""
-    length = (end - start) // max(frames, 1)
-    rest = (end - start) - length * frames
-    if frames < 1 or length < 1 or rest > 1:
-        raise FrameSpanError(
-            f"video of {frames} frames: expected a number of tokens that splits into equal steps, "
-            f"got {end - start}"
-        )
-    edges = [start + i * length for i in range(frames)] + [end]
-    return tuple(pairwise(edges))

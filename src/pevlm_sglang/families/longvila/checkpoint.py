@@ -15,12 +15,12 @@ frame count are taken from whatever the checkpoint says, and what is not support
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from pevlm_sglang.families.longvila.sizes import DEFAULT_NUM_FRAMES, DOWNSAMPLE
+from pevlm_sglang.families.longvila.sizes import DEFAULT_NUM_FRAMES, DOWNSAMPLE, LongVilaGeometry
 
 MODEL_TYPE = "llava_llama"
 ARCHITECTURE = "LlavaLlamaModel"
@@ -29,17 +29,6 @@ VIDEO_TOKEN = "<vila/video>"
 
 _LLM, _TOWER, _PROJECTOR = "llm", "vision_tower", "mm_projector"
 WEIGHT_FILES = "[lvm][lim]*/*.safetensors"  # of these three directories
-
-
-@dataclass(frozen=True)
-class FrameText:
-    """What the reference writes around the tokens of a frame or image.
-
-    Source: ``BasicImageEncoder`` and ``BasicVideoEncoder`` in ``llava/model/encoders``.
-    """
-
-    before: str = ""
-    after: str = "\n"
 
 
 class VilaConfig(PretrainedConfig):
@@ -63,9 +52,9 @@ class VilaConfig(PretrainedConfig):
         num_video_frames: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if text_config is not None and vision_config is not None:  # of a checkpoint that was read
-            self.text_config = _as_config(text_config)
-            self.vision_config = _as_config(vision_config)
+        for name, part in (("text_config", text_config), ("vision_config", vision_config)):
+            if part is not None:  # of a checkpoint that was read
+                setattr(self, name, AutoConfig.for_model(**part) if type(part) is dict else part)
         self.mm_projector_type = mm_projector_type
         self.num_video_frames = num_video_frames or DEFAULT_NUM_FRAMES
         super().__init__(**kwargs)
@@ -79,7 +68,7 @@ class VilaConfig(PretrainedConfig):
             ValueError: a VILA model of a kind that is not served here.
         """
         config: VilaConfig = super().from_pretrained(path, **kwargs)
-        where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
+        where = _where(kwargs)
         config.text_config = AutoConfig.from_pretrained(path, subfolder=_LLM, **where)
         config.vision_config = AutoConfig.from_pretrained(path, subfolder=_TOWER, **where)
         projector, _ = PretrainedConfig.get_config_dict(path, subfolder=_PROJECTOR, **where)
@@ -88,20 +77,14 @@ class VilaConfig(PretrainedConfig):
         return config
 
     @property
-    def downsample(self) -> int:
-        """Patches a side that become one token."""
-        return DOWNSAMPLE[self.mm_projector_type or ""]
-
-    @property
-    def frame_size(self) -> int:
-        """Pixels a side of a frame after the resize."""
-        return int(self.vision_config.image_size)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """Without the text around it: 196 at 384 pixels, 256 at 448."""
-        patches = self.frame_size // int(self.vision_config.patch_size)
-        return int((-(-patches // self.downsample)) ** 2)
+    def geometry(self) -> LongVilaGeometry:
+        """Of a frame: 196 tokens at 384 pixels, 256 at 448."""
+        return LongVilaGeometry(
+            image_size=int(self.vision_config.image_size),
+            patch_size=int(self.vision_config.patch_size),
+            merge_size=DOWNSAMPLE[self.mm_projector_type or ""],
+            num_frames=self.num_video_frames,
+        )
 
     @property
     def tower_layers(self) -> int:
@@ -110,12 +93,19 @@ class VilaConfig(PretrainedConfig):
         depth = int(self.vision_config.num_hidden_layers)
         return layer if layer >= 0 else depth + 1 + layer
 
-    def frame_text(self, kind: str) -> FrameText:
-        """What stands around the tokens of a frame (``video``) or an image (``image``)."""
-        encoder = _encoder(self, kind)
-        return FrameText(
-            before=encoder.get("start_tokens") or "", after=encoder.get("end_tokens", "\n") or ""
-        )
+    def frame_text(self, kind: str) -> tuple[str, str]:
+        """What stands before and after the tokens of a frame (``video``) or an image (``image``).
+
+        Source: ``BasicImageEncoder`` and ``BasicVideoEncoder`` in ``llava/model/encoders``.
+        """
+        encoder = self.encoder(kind)
+        return encoder.get("start_tokens") or "", encoder.get("end_tokens", "\n") or ""
+
+    def encoder(self, kind: str) -> dict[str, Any]:
+        """An encoder's settings, which older checkpoints leave out and newer ones write as text."""
+        encoder = getattr(self, f"{kind}_encoder", None) or {}
+        settings: dict[str, Any] = json.loads(encoder) if isinstance(encoder, str) else encoder
+        return settings
 
     def check(self) -> None:
         """Refuse what is not served here.
@@ -123,48 +113,24 @@ class VilaConfig(PretrainedConfig):
         Raises:
             ValueError: names the setting, what was expected and what came.
         """
-        expected: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        said = self.to_dict()
+        expected: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("llm model_type", self.text_config.model_type, ("qwen2",)),
             ("vision_tower model_type", self.vision_config.model_type, ("siglip_vision_model",)),
             ("mm_projector_type", self.mm_projector_type, tuple(DOWNSAMPLE)),
-            ("s2", bool(getattr(self, "s2", None)), (False,)),
-            ("dynamic_s2", bool(getattr(self, "dynamic_s2", None)), (False,)),
-            ("ps3", bool(getattr(self, "ps3", None)), (False,)),
-            (
-                "image_aspect_ratio",
-                getattr(self, "image_aspect_ratio", None),
-                (None, "resize", "dynamic"),
-            ),
-            (
-                "mm_vision_select_feature",
-                getattr(self, "mm_vision_select_feature", None),
-                ("cls_patch",),
-            ),
-            ("video_encoder", _encoder_name(self, "video"), ("BasicVideoEncoder",)),
-            ("image_encoder", _encoder_name(self, "image"), ("BasicImageEncoder",)),
-        )
+            *((name, bool(said.get(name)), (False,)) for name in ("s2", "dynamic_s2", "ps3")),
+            ("image_aspect_ratio", said.get("image_aspect_ratio"), (None, "resize", "dynamic")),
+            ("mm_vision_select_feature", said.get("mm_vision_select_feature"), ("cls_patch",)),
+        ]
+        for kind, basic in (("video", "BasicVideoEncoder"), ("image", "BasicImageEncoder")):
+            name = self.encoder(kind).get("_target_", basic).rsplit(".", 1)[-1]
+            expected.append((f"{kind}_encoder", name, (basic,)))
         for name, value, allowed in expected:
             if value not in allowed:
                 raise ValueError(
                     f"VILA checkpoint: {name}: expected {' or '.join(map(str, allowed))}, "
                     f"got {value}"
                 )
-
-
-def _as_config(config: Any) -> Any:
-    return AutoConfig.for_model(**config) if isinstance(config, dict) else config
-
-
-def _encoder(config: VilaConfig, kind: str) -> dict[str, Any]:
-    """An encoder's settings, which older checkpoints leave out and newer ones write as text."""
-    encoder = getattr(config, f"{kind}_encoder", None) or {}
-    settings: dict[str, Any] = json.loads(encoder) if isinstance(encoder, str) else encoder
-    return settings
-
-
-def _encoder_name(config: VilaConfig, kind: str) -> str:
-    default = f"Basic{kind.title()}Encoder"
-    return str(_encoder(config, kind).get("_target_", default)).rsplit(".", 1)[-1]
 
 
 # The reference builds a message's text part by part, with a media token for each image or video and
@@ -205,8 +171,7 @@ class VilaTokenizer:
         kwargs.pop("subfolder", None)
         tokenizer = AutoTokenizer.from_pretrained(path, *args, subfolder=_LLM, **kwargs)
         tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN], special_tokens=True)
-        where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-        settings, _ = PretrainedConfig.get_config_dict(path, **where)
+        settings, _ = PretrainedConfig.get_config_dict(path, **_where(kwargs))
         if settings.get("chat_template") == "qwen2":
             tokenizer.chat_template = _QWEN2_TEMPLATE
         if tokenizer.chat_template is not None:
@@ -215,26 +180,28 @@ class VilaTokenizer:
 
 
 class VilaProcessor:
-    """What SGLang asks of a processor: a tokenizer and an image processor.
-
-    Frames are resized by PIL, as in the reference: torchvision's result differs by up to a step of
-    the 256.
-    """
-
-    def __init__(self, tokenizer: Any, image_processor: Any) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+    """Stands in for a processor's class."""
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> VilaProcessor:
-        """Read a checkpoint, local or on the hub."""
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        """What SGLang asks of a processor: a tokenizer and an image processor.
+
+        Frames are resized by PIL, as in the reference: torchvision's result differs by up to a step
+        of the 256.
+        """
         from transformers import SiglipImageProcessorPil
 
-        where = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
-        return cls(
-            VilaTokenizer.from_pretrained(path, **where),
-            SiglipImageProcessorPil.from_pretrained(path, subfolder=_TOWER, **where),
+        where = _where(kwargs)
+        return SimpleNamespace(
+            tokenizer=VilaTokenizer.from_pretrained(path, **where),
+            image_processor=SiglipImageProcessorPil.from_pretrained(
+                path, subfolder=_TOWER, **where
+            ),
         )
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
 
 
 def register() -> None:

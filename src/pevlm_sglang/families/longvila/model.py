@@ -3,42 +3,32 @@
 The architecture is VILA's (``LlavaLlamaModel``); LongVILA is VILA trained on 256 frames a video.
 Source: github.com/NVlabs/VILA, ``llava/model/multimodal_projector/base_projector.py`` and
 ``llava/model/multimodal_encoder/{vision_encoder,siglip_encoder}.py``. Written on SGLang's own
-layers, like sglang/srt/models/nvila.py.
+layers; the way of its features to the language model is NVILA's (sglang/srt/models/nvila.py).
 """
 
 from __future__ import annotations
 
 import copy
-from array import array
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.managers.mm_utils import (
-    MultiModalityDataPaddingPatternMultimodalTokens,
-    general_mm_embed_routine,
-)
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.models.nvila import NVILAForConditionalGeneration
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.siglip import SiglipVisionModel
 from sglang.srt.utils import add_prefix
 from torch import nn
+from transformers.activations import get_activation
 
 from pevlm_sglang.families.longvila.checkpoint import ARCHITECTURE, WEIGHT_FILES, VilaConfig
 
 FRAMES_PER_FORWARD = 64
 """Frames that the tower takes at once: its activations stay small beside the model."""
-
-_TOWER_ACTIVATIONS = {
-    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
-    "gelu": nn.GELU,
-}
-_QKV = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
 
 
 class Downsample(nn.Module):
@@ -61,28 +51,20 @@ class Downsample(nn.Module):
         return x.reshape(frames, side * side, rate * rate * channels)
 
 
-class Projector(nn.Module):
-    """``mm_projector/``; the indices of ``layers`` are those of the published weights."""
-
-    def __init__(self, config: VilaConfig) -> None:
-        super().__init__()
-        channels, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
-        rate = config.downsample
-        wide = rate * rate * channels
-        layers: list[nn.Module] = [Downsample(rate), nn.LayerNorm(wide)]
-        if rate == 3:
-            middle = 3 * channels
-            layers += [nn.Linear(wide, middle), nn.GELU(), nn.LayerNorm(middle)]
-            wide = middle
-        layers += [nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.layers(x)
-        return projected
+def _projector(config: VilaConfig) -> nn.Sequential:
+    """The layers of ``mm_projector/``; their indices are those of the published weights."""
+    channels, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    rate = config.geometry.merge_size
+    wide = rate * rate * channels
+    layers: list[nn.Module] = [Downsample(rate), nn.LayerNorm(wide)]
+    if rate == 3:
+        middle = 3 * channels
+        layers += [nn.Linear(wide, middle), nn.GELU(), nn.LayerNorm(middle)]
+        wide = middle
+    return nn.Sequential(*layers, nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
-class LlavaLlamaModel(nn.Module):
+class LlavaLlamaModel(NVILAForConditionalGeneration):
     """LongVILA, under the name that its checkpoints give it."""
 
     allow_patterns_overrides = [WEIGHT_FILES]  # noqa: RUF012
@@ -93,54 +75,31 @@ class LlavaLlamaModel(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # NVILA's projector and tower are others
         self.config = config
         self.vision_tower = _tower(config, add_prefix("vision_tower", prefix))
-        self.mm_projector = Projector(config)
+        self.mm_projector = nn.ModuleDict({"layers": _projector(config)})
         self.llm = Qwen2ForCausalLM(
             config.text_config, quant_config=quant_config, prefix=add_prefix("llm", prefix)
         )
-        self._padding = MultiModalityDataPaddingPatternMultimodalTokens()
-
-    def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
-        padded: array[int] = self._padding.pad_input_tokens(input_ids, mm_inputs)
-        return padded
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.llm.get_input_embeddings()
         return embeddings
 
+    @torch.no_grad()
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
         """``[frames × tokens_per_frame, hidden]`` features of images and of videos' frames."""
-        weight = self.mm_projector.layers[1].weight
+        projector = self.mm_projector["layers"]
+        weight = next(projector.parameters())
         features = []
         for item in items:
             for frames in torch.as_tensor(item.feature).split(FRAMES_PER_FORWARD):
                 frames = frames.to(device=weight.device, dtype=weight.dtype)
                 vision = self.vision_tower.vision_model
                 hidden = vision.encoder(vision.embeddings(frames))
-                features.append(self.mm_projector(hidden).flatten(0, 1))
+                features.append(projector(hidden).flatten(0, 1))
         return torch.cat(features)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        forward_batch: ForwardBatch,
-        get_embedding: bool = False,
-    ) -> Any:
-        return general_mm_embed_routine(
-            input_ids=input_ids,
-            forward_batch=forward_batch,
-            language_model=self.llm,
-            data_embedding_funcs={
-                Modality.IMAGE: self.get_image_feature,
-                Modality.VIDEO: self.get_image_feature,
-            },
-            get_embedding=get_embedding,
-            positions=positions,
-        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the three directories; their weights are told apart by name.
@@ -154,32 +113,36 @@ class LlavaLlamaModel(nn.Module):
 
         def language_model() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                if name.startswith("vision_model."):
-                    missing.discard(self._load_tower(f"vision_tower.{name}", weight, wanted))
-                elif name.startswith("layers."):
-                    name = f"mm_projector.{name}"
-                    _load(wanted, name, weight)
-                    missing.discard(name)
-                else:
+                part = next(
+                    (part for start, part in _PARTS.items() if name.startswith(start)), None
+                )
+                if part is None:
                     yield name, weight
+                elif (place := self._place(part + name)) is not None:
+                    name, shard = place
+                    if name not in wanted:
+                        raise ValueError(f"{ARCHITECTURE}: expected no weight {name}")
+                    loader = getattr(wanted[name], "weight_loader", default_weight_loader)
+                    loader(wanted[name], weight, *shard)
+                    missing.discard(name)
 
         self.llm.load_weights(language_model())
         if missing:
             raise ValueError(f"{ARCHITECTURE}: expected weights {sorted(missing)}, got none")
 
-    def _load_tower(self, name: str, weight: torch.Tensor, wanted: dict[str, nn.Parameter]) -> str:
-        """Load a weight of the tower; those of layers that the features do not pass are skipped."""
-        *_, module, _ = name.split(".")
-        if ".head." in name or name in _UNUSED or _layer(name) >= self.config.tower_layers:
-            return name
-        if module in _QKV:
-            name = name.replace(module, "qkv_proj")
-            _load(wanted, name, weight, _QKV[module])
-        else:
-            name = name.replace("self_attn.out_proj", "self_attn.proj")
-            _load(wanted, name, weight)
-        return name
+    def _place(self, name: str) -> tuple[str, Sequence[str]] | None:
+        """The parameter of a weight, and its shard; None where the features do not pass it."""
+        layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+        beyond = layer is not None and int(layer[1]) >= self.config.tower_layers
+        if beyond or ".head." in name or name in _UNUSED:
+            return None
+        if (shard := re.search(r"\.([qkv])_proj\.", name)) is not None:
+            return name.replace(shard[0], ".qkv_proj."), shard[1]
+        return name.replace("self_attn.out_proj", "self_attn.proj"), ()
 
+
+_PARTS = {"vision_model.": "vision_tower.", "layers.": "mm_projector."}
+"""How weights of the directories begin → the module that they are of."""
 
 _UNUSED = {f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")}
 """Of the tower's own output, which VILA does not take."""
@@ -192,19 +155,6 @@ def _tower(config: VilaConfig, prefix: str) -> SiglipVisionModel:
     return SiglipVisionModel(
         vision_config,
         prefix=prefix,
-        act_layer=_TOWER_ACTIVATIONS[vision_config.hidden_act],
+        act_layer=partial(get_activation, vision_config.hidden_act),
         flatten_batch=False,  # each frame attends to itself alone
     )
-
-
-def _layer(name: str) -> int:
-    """The number of the tower's layer that a weight belongs to; -1 for the embeddings."""
-    _, found, rest = name.partition(".encoder.layers.")
-    return int(rest.split(".")[0]) if found else -1
-
-
-def _load(wanted: dict[str, nn.Parameter], name: str, weight: torch.Tensor, *shard: str) -> None:
-    if name not in wanted:
-        raise ValueError(f"{ARCHITECTURE}: expected no weight {name}")
-    parameter = wanted[name]
-    getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight, *shard)

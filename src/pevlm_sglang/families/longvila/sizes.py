@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.families.frame_counts import SETTINGS, WISHES, FrameGeometry, FrameSettings
+from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
 from pevlm_sglang.families.sizes import read_json
-
-__all__ = ["PUBLISHED", "SETTINGS", "WISHES", "of_checkpoint"]
 
 DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
 
@@ -27,23 +25,27 @@ DOWNSAMPLE = {
 """Projector type → patches a side that become one token."""
 
 
-def frames_at_rate(total: int, video_fps: float, fps: float, most: int) -> int:
-    """How many frames of a video are sampled at a rate: two at least, and no more than it has."""
-    return min(max(int(total / video_fps * fps), 2), most, total)
-
-
 @dataclass(frozen=True)
 class LongVilaGeometry(FrameGeometry):
     """See the base."""
 
-    num_frames: int = DEFAULT_NUM_FRAMES
-    context_length: int | None = 131_072
     model_type: str = "llava_llama"
+    context_length: int | None = 131_072
+    num_frames: int = DEFAULT_NUM_FRAMES
 
-    def sampled(self, total_frames: int, fps: float, settings: FrameSettings) -> int:
+    def indices(self, total_frames: int, fps: float, settings: FrameSettings) -> list[int]:
+        """``num_frames`` evenly, the last one among them; frames of a shorter video repeat.
+
+        A rate gets the rule of the training loader (``get_frame_from_vcap_with_fps``): that rate,
+        or fewer frames over the whole video where that would be too many, but two at least where it
+        has them. At inference the reference takes the first of them and drops the rest of the
+        video, which nobody can mean.
+        """
+        count = settings.num_frames
         if settings.fps is None:
-            return settings.num_frames
-        return frames_at_rate(total_frames, fps, settings.fps, settings.num_frames)
+            return [round(position) for position in evenly(total_frames, count)]
+        count = min(max(int(total_frames / fps * settings.fps), 2), count, total_frames)
+        return [int(position) for position in evenly(total_frames, count)]
 
 
 PUBLISHED = {"longvila": LongVilaGeometry()}

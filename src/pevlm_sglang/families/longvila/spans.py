@@ -21,16 +21,9 @@ def frames_per_step(hf_config: Any) -> int:
 
 
 def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
-    """The videos of a request.
-
-    Raises:
-        FrameSpanError: a video item without offsets, or one that the prompt's tokens contradict.
-    """
-    return [
-        FrameSpans(tuple(_frames(item, ids)), frames_per_step)
-        for item in inputs.mm_items
-        if item.is_video()
-    ]
+    """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
+    videos = filter(lambda item: item.is_video(), inputs.mm_items)
+    return [FrameSpans(tuple(_frames(item, ids)), frames_per_step) for item in videos]
 
 
 def image_ranges(inputs: Any) -> list[Range]:
@@ -40,8 +33,13 @@ def image_ranges(inputs: Any) -> list[Range]:
 
 
 def _frames(item: Any, prompt_ids: Sequence[int]) -> list[Range]:
-    """The ranges of an item's frames, with the text around each."""
-    before, after = (_frame_text(item, name) for name in ("text_before", "text_after"))
+    """The ranges of an item's frames, with the text around each, as the processor noted it."""
+    texts = []
+    for name in ("text_before", "text_after"):
+        if (text := item.model_specific_data.get(name)) is None:
+            raise FrameSpanError(f"{item.modality.name.lower()} item: expected {name}, got none")
+        texts.append([int(token) for token in text])
+    before, after = texts
     frames = []
     for start, end in item_ranges(item):
         for position, text in ((start - len(before), before), (end, after)):
@@ -53,11 +51,3 @@ def _frames(item: Any, prompt_ids: Sequence[int]) -> list[Range]:
                 )
         frames.append((start - len(before), end + len(after)))
     return frames
-
-
-def _frame_text(item: Any, name: str) -> list[int]:
-    """Token ids that stand before or after each frame, as the processor noted them."""
-    text = item.model_specific_data.get(name)
-    if text is None:
-        raise FrameSpanError(f"{item.modality.name.lower()} item: expected {name}, got none")
-    return [int(token) for token in text]

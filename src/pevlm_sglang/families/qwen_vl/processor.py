@@ -7,7 +7,6 @@ and resized before SGLang's code sees the video, which leaves such a video alone
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,38 +15,36 @@ import torch
 from sglang.srt.multimodal.processors import qwen_vl as upstream
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
+from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.qwen_vl import VIDEO
-from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
+from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
 from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references, sampled_upstream
 from pevlm_sglang.families.qwen_vl.video import sample_and_resize
-from pevlm_sglang.media.sources import SafeSources
-from pevlm_sglang.media.wishes import Wishes, split
+from pevlm_sglang.media.wishes import Wishes
 
 _METADATA = "pevlm_video_metadata"
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
 
 
-class QwenVLProcessor(SafeSources, upstream.QwenVLImageProcessor):
+class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
     """See the module."""
 
-    def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hf_config, server_args, *args, **kwargs)
-        self.geometry = _geometry(hf_config)
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, *args, **kwargs)
         self._steps_aside = is_the_references(self.geometry)
 
-    @classmethod
-    def check_launch(cls, hf_config: Any, video_config: Mapping[str, Any]) -> None:
-        """Refuse video settings of the server that no request could be served with.
+    @staticmethod
+    def geometry_of(hf_config: Any) -> QwenGeometry:
+        vision = hf_config.vision_config
+        sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        return QwenGeometry(hf_config.model_type, *sizes)
 
-        Args:
-            hf_config: of the model.
-            video_config: the ``video`` section of ``--mm-process-config``.
-
-        Raises:
-            ValueError: says which.
-        """
-        _server_settings(_geometry(hf_config), video_config)
+    @staticmethod
+    def settings_of(video_config: Mapping[str, Any]) -> Mapping[str, Any]:
+        if _TOTAL_PIXELS not in os.environ:
+            return video_config
+        return {"total_pixels": int(float(os.environ[_TOTAL_PIXELS])), **video_config}
 
     async def load_mm_data(self, *args: Any, video_data: Any = None, **kwargs: Any) -> Any:
         """Load the media of a request, and sample and resize its videos.
@@ -55,13 +52,8 @@ class QwenVLProcessor(SafeSources, upstream.QwenVLImageProcessor):
         Raises:
             ValueError: a bad wish of the request, or a video that cannot be sampled (HTTP 400).
         """
-        sources, wishes = split(video_data)
+        sources, wishes = self.wishes(video_data)
         asked = any(wish.given() for wish in wishes)
-        if asked:
-            server = _server_settings(self.geometry, self.video_config)
-            limits = limits_of(self.geometry, server)
-            for wish in wishes:
-                wish.check(limits)
         loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
         encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
         if asked and not all(encoded):
@@ -78,8 +70,7 @@ class QwenVLProcessor(SafeSources, upstream.QwenVLImageProcessor):
 
     async def _prepare(self, video: Any, wish: Wishes) -> tuple[torch.Tensor, dict[str, Any]]:
         """Frames ``[T, 3, H, W]`` uint8 of a video, and their metadata for the processor."""
-        server = _server_settings(self.geometry, self.video_config)
-        settings = self.geometry.settings(with_wishes(server.given(), wish))
+        settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
         if self._steps_aside:
             return await sampled_upstream(video, self.geometry, settings.given())
         work = self.io_executor.submit(sample_and_resize, video, self.geometry, settings)
@@ -103,37 +94,7 @@ class QwenVLProcessor(SafeSources, upstream.QwenVLImageProcessor):
 
 def needless_corrections(hf_config: Any) -> tuple[str, ...]:
     """See :class:`~pevlm_sglang.families.family.Family`."""
-    return VIDEO if is_the_references(_geometry(hf_config)) else ()
-
-
-def _geometry(hf_config: Any) -> QwenGeometry:
-    vision = hf_config.vision_config
-    return QwenGeometry(
-        hf_config.model_type,
-        vision.patch_size,
-        vision.spatial_merge_size,
-        vision.temporal_patch_size,
-    )
-
-
-def _server_settings(geometry: QwenGeometry, video_config: Mapping[str, Any]) -> VideoSettings:
-    """What the server says about videos, its environment included.
-
-    Raises:
-        ValueError: see :meth:`QwenGeometry.settings`.
-    """
-    environment = {}
-    if _TOTAL_PIXELS in os.environ:
-        environment["total_pixels"] = int(float(os.environ[_TOTAL_PIXELS]))
-    return geometry.settings({**environment, **video_config})
-
-
-def limits_of(geometry: QwenGeometry, settings: VideoSettings) -> dict[str, float]:
-    """What a request may ask for at most; frames at a high rate are bounded by ``max_frames``."""
-    limits = {"fps": math.inf, "max_frames": settings.max_frames}
-    if settings.resized_width is None:
-        limits["max_pixels"] = geometry.max_pixels(settings)
-    return limits
+    return VIDEO if is_the_references(QwenVLProcessor.geometry_of(hf_config)) else ()
 
 
 def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:

@@ -9,14 +9,13 @@ budget is not a function to call, but part of one that also downloads and decode
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.families.sizes import VideoTokens, processor_settings
+from pevlm_sglang.families.sizes import Geometry, Settings, VideoTokens, processor_settings
 
 _FRAME_FACTOR = 2  # an even number of frames is sampled
 _MAX_RATIO = 200  # of the longer side to the shorter
@@ -26,10 +25,8 @@ _TOTAL_TOKENS = 115_200  # of all steps together: 90 % of a context of 128,000
 
 
 @dataclass(frozen=True)
-class VideoSettings:
-    """The keys of SGLang's ``--mm-process-config '{"video": {...}}'``.
-
-    A token is a square of ``patch_size × merge_size`` pixels a side.
+class VideoSettings(Settings):
+    """See the base. A token is a square of ``patch_size × merge_size`` pixels a side.
 
     Attributes:
         fps: frames sampled from a second of video.
@@ -45,7 +42,7 @@ class VideoSettings:
         resized_height, resized_width: of a sampled frame, in place of the bounds; both or none.
 
     Raises:
-        ValueError: a value that is not positive, or values that exclude each other.
+        ValueError: see the base, and one of the last two without the other.
     """
 
     fps: float = 2.0
@@ -59,60 +56,18 @@ class VideoSettings:
     resized_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected more than 0, got {value}")
+        super().__post_init__()
         if (self.resized_height is None) != (self.resized_width is None):
             raise ValueError("resized_height, resized_width: expected both or none")
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> VideoSettings:
-        """The settings in the ``video`` section of the server's flag.
-
-        Raises:
-            ValueError: a name or a value that is not one of a setting, or fps beside nframes.
-        """
-        if unknown := [name for name in values if name not in SETTINGS]:
-            raise ValueError(f"video setting {unknown[0]}: expected one of {', '.join(SETTINGS)}")
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name}: expected a number, got {value!r}")
-        if "fps" in values and "nframes" in values:
-            raise ValueError("fps, nframes: expected one or the other, got both")
-        return cls(**values)
-
-    def given(self) -> dict[str, float]:
-        """The settings that are not at their default, as the server's flag takes them."""
-        return {
-            setting.name: value
-            for setting in dataclasses.fields(self)
-            if (value := getattr(self, setting.name)) != setting.default
-        }
-
-
-SETTINGS: tuple[str, ...] = tuple(setting.name for setting in dataclasses.fields(VideoSettings))
-WISHES: tuple[str, ...] = ("fps", "max_frames", "max_pixels")
-
 
 @dataclass(frozen=True)
-class QwenGeometry:
-    """See :class:`~pevlm_sglang.families.sizes.Geometry`.
+class QwenGeometry(Geometry):
+    """See the base."""
 
-    Attributes:
-        patch_size: pixels a side of a patch of the vision tower.
-        merge_size: patches a side that become one token.
-        temporal_patch_size: sampled frames in a step.
-    """
+    frames_per_step: int = 2
 
-    model_type: str
-    patch_size: int = 14
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    context_length: int | None = None
-
-    @property
-    def frames_per_step(self) -> int:
-        return self.temporal_patch_size
+    setting_names = tuple(field.name for field in fields(VideoSettings))
 
     @property
     def has_timestamps(self) -> bool:
@@ -137,8 +92,10 @@ class QwenGeometry:
         return self.patch_size * self.merge_size
 
     def settings(self, values: Mapping[str, Any]) -> VideoSettings:
-        """See :meth:`VideoSettings.of`; bounds must leave room for a frame too."""
-        settings = VideoSettings.of(values)
+        """See the base; bounds must leave room for a frame too."""
+        settings = VideoSettings.of(values, self.setting_names)
+        if "fps" in values and "nframes" in values:
+            raise ValueError("fps, nframes: expected one or the other, got both")
         least = self.min_pixels(settings)
         if settings.max_pixels is not None and settings.max_pixels < least:
             raise ValueError(
@@ -146,6 +103,13 @@ class QwenGeometry:
                 f"{settings.max_pixels:g}; --mm-process-config lowers min_pixels"
             )
         return settings
+
+    def limits(self, settings: VideoSettings) -> dict[str, float]:
+        """See the base. Frames at a high rate are bounded by ``max_frames``."""
+        limits = {"fps": math.inf, "max_frames": settings.max_frames}
+        if settings.resized_width is None:
+            limits["max_pixels"] = self.max_pixels(settings)
+        return limits
 
     def min_pixels(self, settings: VideoSettings) -> float:
         """The smallest sampled frame after the resize."""
@@ -166,12 +130,12 @@ class QwenGeometry:
         Source: ``smart_nframes`` of qwen-vl-utils.
         """
         if settings.nframes is not None:
-            frames = _rounded(settings.nframes, _FRAME_FACTOR)
+            frames = _multiple(settings.nframes, _FRAME_FACTOR)
         else:
-            least = _ceiled(settings.min_frames, _FRAME_FACTOR)
+            least = _multiple(settings.min_frames, _FRAME_FACTOR, math.ceil)
             wanted = total_frames / fps * settings.fps
             bounded = min(max(wanted, least), settings.max_frames, total_frames)
-            frames = _floored(bounded, _FRAME_FACTOR)
+            frames = _multiple(bounded, _FRAME_FACTOR, math.floor)
         if frames < _FRAME_FACTOR:
             raise ValueError(
                 f"sampled frames: expected nframes of at least {_FRAME_FACTOR}, got {frames}"
@@ -222,17 +186,16 @@ class QwenGeometry:
         """``size`` in multiples of the factor; where that breaks a bound, scaled to the bound and
         rounded to the inner side of it."""
         factor = self.factor
-        width, height = (max(factor, _rounded(side, factor)) for side in size)
+        width, height = (max(factor, _multiple(side, factor)) for side in size)
         if width * height > most:
             shrink = math.sqrt(size[0] * size[1] / most)
-            return _floored(size[0] / shrink, factor), _floored(size[1] / shrink, factor)
-        if width * height < least:
+            width, height = (_multiple(side / shrink, factor, math.floor) for side in size)
+        elif width * height < least:
             grow = math.sqrt(least / (size[0] * size[1]))
-            return _ceiled(size[0] * grow, factor), _ceiled(size[1] * grow, factor)
+            width, height = (_multiple(side * grow, factor, math.ceil) for side in size)
         return width, height
 
     def sample(self, sampled: int, settings: VideoSettings) -> tuple[int, float]:
-        """A file of as many frames as are sampled."""
         frames = self.sampled_frames(sampled, settings.fps, settings)
         if frames != sampled:
             raise ValueError(
@@ -244,11 +207,10 @@ class QwenGeometry:
     def video(
         self, total_frames: int, fps: float, size: tuple[int, int], settings: VideoSettings
     ) -> VideoTokens:
-        """What a file becomes; see the protocol."""
         frames = self.sampled_frames(total_frames, fps, settings)
         width, height = self.resized(frames, size, settings)
         rows, columns = height // self.patch_size, width // self.patch_size
-        num_steps = -(-frames // self.temporal_patch_size)
+        num_steps = -(-frames // self.frames_per_step)
         pads = rows * columns // self.merge_size**2
         steps = [pads] * num_steps
         if self.has_timestamps:
@@ -264,7 +226,7 @@ class QwenGeometry:
 
         Source: ``_calculate_timestamps`` in transformers' processing_qwen3_vl.py.
         """
-        each = self.temporal_patch_size
+        each = self.frames_per_step
         times = [round(i * (total_frames - 1) / (frames - 1)) / fps for i in range(frames)]
         times += [times[-1]] * (-frames % each)
         return [(times[i] + times[i + each - 1]) / 2 for i in range(0, len(times), each)]
@@ -289,44 +251,31 @@ PUBLISHED = {
 
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
-    """The geometry of a checkpoint.
-
-    Raises:
-        ValueError: a model type that is not known here, or files that contradict each other.
-    """
+    """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     model_type = str(config.get("model_type"))
     if model_type not in PUBLISHED:
         raise ValueError(
             f"model_type {model_type}: expected one of {', '.join(PUBLISHED)}; "
             "the token counts of other models are not known here"
         )
-    published = PUBLISHED[model_type]
     settings = processor_settings(directory)
     vision = config.get("vision_config") or {}
     sizes: dict[str, int] = {}
-    for ours, theirs in (
-        ("patch_size", "patch_size"),
-        ("merge_size", "spatial_merge_size"),
-        ("temporal_patch_size", "temporal_patch_size"),
+    for ours, name, in_config in (
+        ("patch_size", "patch_size", "patch_size"),
+        ("merge_size", "merge_size", "spatial_merge_size"),
+        ("frames_per_step", "temporal_patch_size", "temporal_patch_size"),
     ):
-        default = getattr(published, ours)
-        sizes[ours] = int(settings.get(ours, default))
-        if (wanted := int(vision.get(theirs, default))) != sizes[ours]:
+        default = getattr(PUBLISHED[model_type], ours)
+        sizes[ours] = int(settings.get(name, default))
+        if (wanted := int(vision.get(in_config, default))) != sizes[ours]:
             raise ValueError(
-                f"{ours}: config.json of {directory} says {wanted}, its processor files say "
+                f"{name}: config.json of {directory} says {wanted}, its processor files say "
                 f"{sizes[ours]}"
             )
     text = config.get("text_config") or config
     return QwenGeometry(model_type, **sizes, context_length=text.get("max_position_embeddings"))
 
 
-def _rounded(number: float, factor: int) -> int:
-    return round(number / factor) * factor
-
-
-def _floored(number: float, factor: int) -> int:
-    return math.floor(number / factor) * factor
-
-
-def _ceiled(number: float, factor: int) -> int:
-    return math.ceil(number / factor) * factor
+def _multiple(number: float, factor: int, rounding: Callable[[float], int] = round) -> int:
+    return rounding(number / factor) * factor

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
@@ -27,25 +28,17 @@ from pevlm_sglang.families.spans import (
     grid_rows,
     image_ranges,
     item_ranges,
+    label_tokens,
     labelled_videos,
     leave_labels,
 )
-from pevlm_sglang.layout import FrameSpans, Range
+from pevlm_sglang.layout import Range
 
 __all__ = ["frames_per_step", "image_ranges", "label_items", "video_spans"]
 
-_TIMESTAMP = r"<\d+\.\d seconds>"
-_MAX_TIMESTAMP_TOKENS = 24  # as many as "<999999999999.9 seconds>" has characters
+_TIMESTAMP, _WHAT = r"<\d+\.\d seconds>", "a timestamp, '<0.2 seconds>' say,"
 
-
-def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
-    """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
-    return [
-        FrameSpans(tuple(steps), frames_per_step)
-        for item in inputs.mm_items
-        if item.is_video()
-        for steps in labelled_videos(item, inputs, ids, closing=1)
-    ]
+video_spans = partial(labelled_videos, closing=1)  # <|vision_end|>
 
 
 def label_items(items: Iterable[Any], ids: Sequence[int], tokenizer: Any) -> None:
@@ -58,22 +51,17 @@ def label_items(items: Iterable[Any], ids: Sequence[int], tokenizer: Any) -> Non
     Raises:
         ValueError: offsets, grid and text of an item do not fit together (HTTP 400).
     """
-    for item in items:
-        if item.is_video():
-            leave_labels(item, [_label(video, ids, tokenizer) for video in _videos(item)])
-
-
-def _videos(item: Any) -> list[list[Range]]:
-    """The placeholders of each video of one VIDEO item, one range a step."""
-    ranges = item_ranges(item)
-    steps = [row[0] for row in grid_rows(item)]
-    if min(steps, default=0) < 1 or sum(steps) != len(ranges):
-        raise ValueError(
-            f"video item: expected one offset a step, for videos of {steps} steps in "
-            f"video_grid_thw, got {len(ranges)}"
-        )
-    rest = iter(ranges)
-    return [list(islice(rest, count)) for count in steps]
+    for item in filter(lambda item: item.is_video(), items):
+        ranges = item_ranges(item)
+        steps = [row[0] for row in grid_rows(item)]
+        if min(steps, default=0) < 1 or sum(steps) != len(ranges):
+            raise ValueError(
+                f"video item: expected one offset a step, for videos of {steps} steps in "
+                f"video_grid_thw, got {len(ranges)}"
+            )
+        rest = iter(ranges)
+        videos = (list(islice(rest, count)) for count in steps)
+        leave_labels(item, [_label(video, ids, tokenizer) for video in videos])
 
 
 def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> tuple[int, int]:
@@ -82,20 +70,7 @@ def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> tuple[int,
     text = tokenizer.decode(between, skip_special_tokens=False)  # of all steps but the first
     if not re.fullmatch(f"(?:{_TIMESTAMP}){{{len(steps) - 1}}}", text):
         raise ValueError(
-            f"video of {len(steps)} steps: expected a timestamp, '<0.2 seconds>' say, between a "
-            f"step and the one before it, got {text[:80]!r}"
+            f"video of {len(steps)} steps: expected {_WHAT} between a step and the one before it, "
+            f"got {text[:80]!r}"
         )
-    return len(steps), _timestamp_tokens(ids, steps[0][0] - 1, tokenizer)
-
-
-def _timestamp_tokens(ids: Sequence[int], end: int, tokenizer: Any) -> int:
-    """Tokens before position ``end`` that hold nothing but a part of the timestamp there."""
-    text = ""
-    for count in range(1, min(_MAX_TIMESTAMP_TOKENS, end) + 1):
-        text = tokenizer.decode(list(ids[end - count : end]), skip_special_tokens=False)
-        if (timestamp := re.search(rf"{_TIMESTAMP}\Z", text)) is not None:
-            return count if timestamp.start() == 0 else count - 1
-    raise ValueError(
-        f"first step of a video: expected a timestamp, '<0.2 seconds>' say, before position {end}, "
-        f"got {text!r}"
-    )
+    return len(steps), label_tokens(tokenizer, ids[: steps[0][0] - 1], _TIMESTAMP, _WHAT)

@@ -7,7 +7,6 @@ step: wrong features, at a cost quadratic in the length of the video
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +24,8 @@ def install(architecture: str) -> None:
         return
     from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 
-    def per_step(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def corrected(self: Any, x: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-            return forward(self, x, split_into_steps(grid_thw))
-
-        return corrected
+    def per_step(forward: Any) -> Any:
+        return lambda self, x, grid_thw: forward(self, x, split_into_steps(grid_thw))
 
     wrap(Qwen2_5_VisionTransformer, "forward", per_step, parameters=("x", "grid_thw"))
 

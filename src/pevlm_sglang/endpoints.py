@@ -1,0 +1,93 @@
+"""A setting of a request is obeyed or refused, on every endpoint of the HTTP server.
+
+SGLang hands ``custom_params`` from some of its endpoints to the scheduler and drops it on the
+others, of which a release may have new ones. On those a body with PEVLM's setting gets HTTP 400,
+before SGLang sees it.
+Source: sglang/srt/entrypoints/http_server.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+OBEYED = (
+    *("/generate", "/v1/chat/completions", "/v1/completions"),
+    *("/invocations", "/vertex_generate"),  # SageMaker's and Vertex's forms of the first two
+)
+"""Paths on which ``custom_params`` reaches the scheduler."""
+
+_Send = Callable[[dict[str, Any]], Awaitable[None]]
+_Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def guard_http_server() -> None:
+    """Put the check in front of the HTTP server of this process, where it has one."""
+    if (server := sys.modules.get("sglang.srt.entrypoints.http_server")) is not None:
+        server.app.add_middleware(RefuseDroppedSettings)
+
+
+class RefuseDroppedSettings:
+    """ASGI middleware: HTTP 400 for a setting that the endpoint would drop.
+
+    Args:
+        app: the next one.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http" or scope["method"] == "GET" or scope["path"] in OBEYED:
+            await self._app(scope, receive, send)
+            return
+        messages = [await receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        if has_setting(b"".join(message.get("body", b"") for message in messages)):
+            await _refuse(scope["path"], send)
+            return
+        rest = iter(messages)
+
+        async def again() -> dict[str, Any]:
+            message = next(rest, None)
+            return await receive() if message is None else message
+
+        await self._app(scope, again, send)
+
+
+def has_setting(body: bytes) -> bool:
+    """Whether a JSON body has ``custom_params`` with ``pevlm`` anywhere."""
+    if b"custom_params" not in body or b"pevlm" not in body:
+        return False
+    try:
+        content = json.loads(body)
+    except ValueError:  # the endpoint's to refuse
+        return False
+    return any("pevlm" in params for params in _custom_params(content))
+
+
+def _custom_params(content: Any) -> Iterator[dict[str, Any]]:
+    left = [content]  # no recursion: a body may be nested as deep as its sender likes
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            params = value.get("custom_params")
+            if isinstance(params, dict):
+                yield params
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+async def _refuse(path: str, send: _Send) -> None:
+    message = (
+        f"PEVLM: custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on {path}, "
+        "which drops it; ask there, or set the server's default with --pevlm-... flags"
+    )
+    error = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(error).encode()})
