@@ -22,7 +22,7 @@ from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.media import embeddings, video_url
 from pevlm_sglang.observe.observer import Observer
-from pevlm_sglang.settings import flags, refusals
+from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ _HOOKS = {
     ),
     "sglang.srt.model_loader.utils.get_model_architecture": _Hook(
         "_around_get_model_architecture", ("model_config",)
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": _Hook(
+        "_before_generate_request", ("obj",)
     ),
     "sglang.srt.managers.schedule_batch.Req.__init__": _Hook(
         "_after_req_init", ("sampling_params", "extra_key", "session")
@@ -286,6 +289,11 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
         return registry.model_class(model, name), name
     except UnsupportedError as error:
         _stop(error)
+
+
+def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    if _Process.config is not None and hasattr(obj, "sampling_params"):
+        request_fields.check(obj, manager.model_config.vocab_size)
 
 
 # --- The scheduler ---------------------------------------------------------------------------
