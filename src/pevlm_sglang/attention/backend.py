@@ -3,7 +3,7 @@
 
 A forward with LOCAL tokens stores its keys and values as the base does and hands the pool to the
 kernel that was chosen at start, one path for every base; or, with the prefill kernel ``base``, the
-base runs its own kernel on metadata that its mixin in ``bases/`` has rewritten. Every other
+base runs its own kernel on metadata that its mixin in ``bases`` has rewritten. Every other
 forward, decode, CUDA graphs and speculative decoding stay the base's own.
 """
 
