@@ -25,7 +25,7 @@ import torch
 
 from pevlm_kernels.choice import is_installed
 from pevlm_kernels.flash_calls import Call, calls_of, room_for
-from pevlm_kernels.merge import merge_states
+from pevlm_kernels.sdpa import merge_states
 from pevlm_kernels.types import PrefillPlan
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pevlm_kernels.types import PrefillPlan
-
-
-def masked_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    softmax_scale: float,
-) -> torch.Tensor:
-    """The output alone of :func:`masked_attention_lse`."""
-    return masked_attention_lse(q, k, v, mask, softmax_scale=softmax_scale)[0]
 
 
 def masked_attention_lse(
@@ -67,21 +57,32 @@ def prefill(
     v_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`pevlm_kernels.interface.pevlm_prefill`. One dense mask a virtual sequence."""
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        n, m = len(q), len(k)
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        return masked_attention_lse(q, k, v, mask, softmax_scale=softmax_scale, v_scale=v_scale)
+
+    return each_sequence(attend, q, k_cache, v_cache, plan)
+
+
+def each_sequence(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``attend(q, k, v)`` on one virtual sequence after the other: its queries, and its keys
+    and values gathered."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
-    q_start = k_start = 0
-    for n, m in zip(plan.seqlens_q, plan.seqlens_k, strict=True):
-        rows = slice(q_start, q_start + n)
-        slots = plan.kv_indices[k_start : k_start + m]
-        last = torch.arange(m - n, m, device=q.device)
-        out[rows], lse[:, rows] = masked_attention_lse(
-            q[rows],
-            k_cache[slots],
-            v_cache[slots],
-            torch.arange(m, device=q.device) <= last[:, None],
-            softmax_scale=softmax_scale,
-            v_scale=v_scale,
-        )
-        q_start, k_start = q_start + n, k_start + m
+    row = 0
+    for n, slots in zip(plan.seqlens_q, plan.kv_indices.split(list(plan.seqlens_k)), strict=True):
+        rows = slice(row, row + n)
+        out[rows], lse[:, rows] = attend(q[rows], k_cache[slots], v_cache[slots])
+        row += n
     return out, lse

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 OBEYED = (
@@ -66,20 +66,17 @@ def has_setting(body: bytes) -> bool:
         content = json.loads(body)
     except ValueError:  # the endpoint's to refuse
         return False
-    return any("pevlm" in params for params in _custom_params(content))
-
-
-def _custom_params(content: Any) -> Iterator[dict[str, Any]]:
     left = [content]  # no recursion: a body may be nested as deep as its sender likes
     while left:
         value = left.pop()
         if isinstance(value, dict):
             params = value.get("custom_params")
-            if isinstance(params, dict):
-                yield params
+            if isinstance(params, dict) and "pevlm" in params:
+                return True
             left += value.values()
         elif isinstance(value, list):
             left += value
+    return False
 
 
 async def _refuse(path: str, send: _Send) -> None:

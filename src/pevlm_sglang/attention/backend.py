@@ -206,12 +206,10 @@ class PevlmBackend(AttentionBackend):
         """SGLang's veto on a prefill CUDA graph: a graph of kind FULL has full attention baked in,
         so a batch with LOCAL tokens runs eagerly."""
         batch = read_batch(forward_batch)
-        sparse = batch is not None and batch.may_be_sparse
-        return not sparse
+        return batch is None or not batch.may_be_sparse
 
     def vote_prefill_cuda_graph(self, batch: Any) -> bool:
         """The same veto at schedule time, for data-parallel attention: no prompt with LOCAL tokens
         in SGLang's ``ScheduleBatch``."""
         layouts = (getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs)
-        sparse = any(request.dense_reason is None for request in layouts)
-        return not sparse
+        return all(request.dense_reason is not None for request in layouts)
