@@ -1,8 +1,7 @@
 """A plan as calls of FlashAttention's varlen function, in bounded room.
 
 What is gathered is cut into calls of so many keys and queries as fit; a virtual sequence with more
-keys than that into runs of keys, whose results are merged. Full ones are read where they lie,
-through a table of pages of one token, where the library can.
+keys than that into runs of keys, whose results are merged.
 """
 
 from __future__ import annotations

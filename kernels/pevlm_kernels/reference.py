@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -47,25 +48,13 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
     return None
 
 
-def prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    plan: PrefillPlan,
-    *,
-    softmax_scale: float,
-    v_scale: float,
+def sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, v_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pevlm_kernels.interface.pevlm_prefill`. One dense mask a virtual sequence."""
-
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        n, m = len(q), len(k)
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        return masked_attention_lse(q, k, v, mask, softmax_scale=softmax_scale, v_scale=v_scale)
-
-    return each_sequence(attend, q, k_cache, v_cache, plan)
+    """One dense mask a virtual sequence."""
+    n, m = len(q), len(k)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return masked_attention_lse(q, k, v, mask, softmax_scale=softmax_scale, v_scale=v_scale)
 
 
 def each_sequence(
@@ -74,15 +63,19 @@ def each_sequence(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     plan: PrefillPlan,
+    **scales: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``attend(q, k, v)`` on one virtual sequence after the other: its queries, and its keys
-    and values gathered."""
+    """Run ``attend(q, k, v, **scales)`` on one virtual sequence after the other: its queries, and
+    its keys and values gathered. See :func:`pevlm_kernels.interface.pevlm_prefill`."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     row = 0
     for n, slots in zip(plan.seqlens_q, plan.kv_indices.split(list(plan.seqlens_k)), strict=True):
         rows = slice(row, row + n)
-        out[rows], lse[:, rows] = attend(q[rows], k_cache[slots], v_cache[slots])
+        out[rows], lse[:, rows] = attend(q[rows], k_cache[slots], v_cache[slots], **scales)
         row += n
     return out, lse
+
+
+prefill = partial(each_sequence, sequence)

@@ -8,10 +8,11 @@ queries against themselves, causal and square. No score is computed in vain.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from pevlm_kernels.reference import each_sequence
-from pevlm_kernels.types import PrefillPlan
 
 MERGED_BYTES = 128 * 2**20
 """Room for the wider products of :func:`merge_states`: so many rows are merged at a time."""
@@ -28,30 +29,19 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
     return None
 
 
-def prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    plan: PrefillPlan,
-    *,
-    softmax_scale: float,
-    v_scale: float,
+def sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, v_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pevlm_kernels.interface.pevlm_prefill`."""
+    """One virtual sequence in two calls."""
+    k, v, before = k.to(q.dtype), v.to(q.dtype), len(k) - len(q)
+    own = fused_attention(q, k[before:], v[before:], causal=True, softmax_scale=softmax_scale)
+    if before:
+        k, v = k[:before], v[:before]
+        merge_states(*own, *fused_attention(q, k, v, causal=False, softmax_scale=softmax_scale))
+    return own if v_scale == 1 else (own[0] * v_scale, own[1])
 
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v, before = k.to(q.dtype), v.to(q.dtype), len(k) - len(q)
-        own = fused_attention(q, k[before:], v[before:], causal=True, softmax_scale=softmax_scale)
-        if before:
-            k, v = k[:before], v[:before]
-            past = fused_attention(q, k, v, causal=False, softmax_scale=softmax_scale)
-            merge_states(*own, *past)
-        return own
 
-    out, lse = each_sequence(attend, q, k_cache, v_cache, plan)
-    return (out if v_scale == 1 else out.mul_(v_scale)), lse
+prefill = partial(each_sequence, sequence)
 
 
 def fused_attention(

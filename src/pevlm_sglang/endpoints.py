@@ -30,11 +30,7 @@ def guard_http_server() -> None:
 
 
 class RefuseDroppedSettings:
-    """ASGI middleware: HTTP 400 for a setting that the endpoint would drop.
-
-    Args:
-        app: the next one.
-    """
+    """ASGI middleware: HTTP 400 for a setting that the endpoint, ``app``, would drop."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -49,11 +45,9 @@ class RefuseDroppedSettings:
         if has_setting(b"".join(message.get("body", b"") for message in messages)):
             await _refuse(scope["path"], send)
             return
-        rest = iter(messages)
 
         async def again() -> dict[str, Any]:
-            message = next(rest, None)
-            return await receive() if message is None else message
+            return messages.pop(0) if messages else await receive()
 
         await self._app(scope, again, send)
 

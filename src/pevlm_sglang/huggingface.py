@@ -122,7 +122,23 @@ def attention_forward(
     extend, length = query.shape[2], key.shape[2]
     decodes = extend == 1 and length > 1
     if causal:
-        frames = _checked(query, attention_mask, dropout, sliding_window, length)
+        name, frames, problem = f"attn_implementation={NAME!r}", _frames.get(), None
+        if frames is None:
+            raise RuntimeError(
+                f"{name}: expected a call inside `with pevlm_frames(videos, ...)`, with no videos "
+                "for a prompt of text"
+            )
+        if query.shape[0] != 1:
+            problem = f"a batch of 1, got {query.shape[0]}; the frames of one prompt are known"
+        elif attention_mask is not None:
+            shape = tuple(attention_mask.shape)
+            problem = f"no attention_mask but the one of all ones, got shape {shape}"
+        elif dropout:
+            problem = f"no dropout, got {dropout}"
+        elif sliding_window is not None and sliding_window < length:
+            problem = f"full attention, got a sliding window of {sliding_window} tokens"
+        if problem:
+            raise ValueError(f"{name}: expected {problem}")
     if not causal or decodes:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -138,37 +154,9 @@ def attention_forward(
             **kwargs,
         )
         return result
+    assert frames is not None  # causal
     plan = frames.plan(length - extend, length, query.device)
     frames.sparse_calls += plan.num_seqs > 1
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     out = pevlm_prefill(q, k, v, plan, softmax_scale=scaling, impl=frames.impl)
     return out[None], None
-
-
-def _checked(
-    query: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    sliding_window: int | None,
-    length: int,
-) -> Frames:
-    name = f"attn_implementation={NAME!r}"
-    frames = _frames.get()
-    if frames is None:
-        raise RuntimeError(
-            f"{name}: expected a call inside `with pevlm_frames(videos, ...)`, with no videos for "
-            "a prompt of text"
-        )
-    problem = None
-    if query.shape[0] != 1:
-        problem = f"a batch of 1, got {query.shape[0]}; the frames of one prompt are known"
-    elif attention_mask is not None:
-        shape = tuple(attention_mask.shape)
-        problem = f"no attention_mask but the one of all ones, got shape {shape}"
-    elif dropout:
-        problem = f"no dropout, got {dropout}"
-    elif sliding_window is not None and sliding_window < length:
-        problem = f"full attention, got a sliding window of {sliding_window} tokens"
-    if problem:
-        raise ValueError(f"{name}: expected {problem}")
-    return frames

@@ -202,9 +202,7 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :func:`pevlm_sglang.families.registry.span_rule`,
-            :func:`pevlm_sglang.settings.refusals.check_server_args` and
-            :func:`pevlm_sglang.families.registry.check_launch`.
+        UnsupportedError: see ``refusals`` and ``registry``.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 

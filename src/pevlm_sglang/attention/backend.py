@@ -42,11 +42,6 @@ class PrefillBatch(NamedTuple):
             for r, p, n in zip(*self, strict=True)
         )
 
-    def sequences(self) -> list[VirtualSequence]:
-        """The virtual sequences of the batch."""
-        layouts = [request.layout for request in self.requests]
-        return virtual_sequences(layouts, self.prefix_lens, self.extend_lens)
-
 
 def read_batch(forward_batch: Any) -> PrefillBatch | None:
     """The prefill batch in SGLang's ``ForwardBatch``; None in any other mode.
@@ -115,7 +110,8 @@ class PevlmBackend(AttentionBackend):
         batch = read_batch(forward_batch)
         if batch is None:
             return
-        sequences = batch.sequences() if batch.may_be_sparse else []
+        layouts = [request.layout for request in batch.requests]
+        sequences = virtual_sequences(layouts, *batch[1:]) if batch.may_be_sparse else []
         if all(sequence.piece.is_full for sequence in sequences):
             self.pevlm_observer.dense_batch(*batch)
             return

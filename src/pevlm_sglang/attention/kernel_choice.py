@@ -166,7 +166,7 @@ def _refusal(
             return f"expected scores without a cap, got logit_cap {layer.logit_cap}"
         if backend.pevlm_stores_scaled and layer.k_scale is not None and not layer.k_scale_float:
             return "expected scales of the KV cache as numbers too (k_scale_float), got none"
-    reasons = (refusal(kernel, probe.q, probe.k_cache, probe.v_cache) for probe in probes)
+    reasons = (refusal(kernel, *probe[:3]) for probe in probes)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -179,9 +179,7 @@ def _run_once(kernel: str, probe: Probe) -> None:
     """
     plan = packed_plan(4, 1, ((1, 2), (2, 3)), probe.q.device)
     try:
-        out, lse = bound(kernel)(
-            probe.q, probe.k_cache, probe.v_cache, plan, softmax_scale=probe.scaling
-        )
+        out, lse = bound(kernel)(*probe[:3], plan, softmax_scale=probe.scaling)
         expected = torch.tensor([1, 2, 2, 4], device=lse.device).log()
         right = bool((out == 1).all()) and bool(((lse - expected).abs() < 1e-2).all())
     except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
@@ -204,12 +202,7 @@ def attention_layers(model: Any) -> list[Any]:
 
 
 def requested_kernel(resolved: Any, config: PevlmConfig) -> str:
-    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
-    whose results SGLang makes independent of the batch.
-
-    Args:
-        resolved: SGLang's resolved server arguments.
-        config: of the server.
-    """
+    """``--pevlm-prefill-kernel``; with deterministic inference in SGLang's resolved arguments it is
+    the base's own kernel, whose results SGLang makes independent of the batch."""
     deterministic = getattr(resolved, "enable_deterministic_inference", False)
     return BASE if deterministic else config.prefill_kernel

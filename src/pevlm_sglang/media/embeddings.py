@@ -49,12 +49,9 @@ class EmbeddingHolder:
     @property
     def num_bytes(self) -> int:
         """Bytes of all embeddings that requests hold; one that two of them share counts once."""
-        storages = {}
-        for held in self._held:
-            for result in held.results.values():
-                storage = result.embedding.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        results = (result for held in self._held for result in held.results.values())
+        storages = (result.embedding.untyped_storage() for result in results)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def held(self, requests: Sequence[Any]) -> dict[int, Any]:
         """What the requests (``MultimodalInputs``) of a batch hold, for all of them to use."""
