@@ -1,6 +1,8 @@
 # make demo   the main job: a real server on the CPU answers about a video, with and without PEVLM
 # make check  format, lint, types and the unit tests that are quick: the inner loop
 # make test   format, lint, types and all tests
+# make soak   many clients at once and every disturbance, ten minutes (make test has two of them)
+# make fuzz   ten thousand broken files and a thousand broken requests (make test has few of them)
 # make docs   the pages in docs/ as a site
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
 # make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
@@ -11,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install check test docs lint demo bench accuracy clean
+.PHONY: install check test soak fuzz docs lint demo bench accuracy clean
 
 install: $(INSTALLED)
 
@@ -32,6 +34,13 @@ check: lint
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+soak: install
+	$(BIN)/pytest -s tests/server/test_soak.py --soak-seconds 600 $(ARGS)
+
+fuzz: install
+	$(BIN)/pytest -s tests/media/test_fuzz.py tests/server/test_fuzz.py \
+		--fuzz-files 10000 --fuzz-requests 1000 $(ARGS)
 
 # Builds offline, strictly, into build/docs.
 docs: install

@@ -19,6 +19,12 @@ settings.register_profile("fast", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-seconds", type=float, default=120, help="of tests/server/test_soak.py")
+    parser.addoption("--fuzz-files", type=int, default=300, help="of tests/media/test_fuzz.py")
+    parser.addoption("--fuzz-requests", type=int, default=100, help="of tests/server/test_fuzz.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -24,7 +24,7 @@ from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.media import embeddings, video_url
 from pevlm_sglang.observe.observer import Observer
-from pevlm_sglang.settings import flags, refusals
+from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
 
 logger = logging.getLogger(__name__)
@@ -251,6 +251,12 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
     registry.register_model(config.hf_config.architectures)
     model, name = get_model_architecture(config)
     return registry.model_class(model, name), name
+
+
+@_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
+def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    if _Process.config is not None and hasattr(obj, "sampling_params"):
+        request_fields.check(obj, manager.model_config.vocab_size)
 
 
 # --- The scheduler ---------------------------------------------------------------------------

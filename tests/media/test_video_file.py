@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pevlm_sglang.media import video_file
 from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
 from support.video import write_video
 
@@ -34,6 +35,21 @@ def test_frames_come_in_parts_and_in_order() -> None:
     indices = [*range(0, 100, 2)]
     assert [int(frame[0, 0, 0]) for frame in frames_of(video, indices)] == indices
     assert video.largest == 32
+
+
+@pytest.mark.parametrize(("size", "most"), [((2160, 3840), 10), ((8192, 8192), 1)])
+def test_frames_fit_into_memory(
+    size: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_file, "_BYTES_AT_ONCE", 250_000_000)
+    video = Video(100, 25.0, frame_shape=size)
+    assert len(list(frames_of(video, range(25)))) == 25
+    assert video.largest == most
+
+
+def test_frame_that_is_too_large_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 67108864 pixels, got 8192 x 8193"):
+        list(frames_of(Video(3, 25.0, frame_shape=(8193, 8192)), [0]))
 
 
 def test_stream_that_breaks_off_is_refused() -> None:
@@ -79,8 +95,15 @@ def test_a_real_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
 class Video:
     """The part of SGLang's ``VideoDecoderWrapper`` that is read."""
 
-    def __init__(self, frames: int, rate: Any, broken_at: int | None = None) -> None:
+    def __init__(
+        self,
+        frames: int,
+        rate: Any,
+        broken_at: int | None = None,
+        frame_shape: tuple[int, int] = (2, 2),
+    ) -> None:
         self.frames, self.avg_fps, self.broken_at = frames, rate, broken_at
+        self.frame_shape = frame_shape
         self.largest = 0
 
     def __len__(self) -> int:

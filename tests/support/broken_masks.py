@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 MARK = "broken:"
-_ENTRY_POINT = "[sglang.srt.plugins]\nbroken_masks = support.broken_masks:register\n"
 
 
-def plugin_path(directory: Path) -> str:
+def plugin_path(directory: Path, module: str = "broken_masks") -> str:
     """What to put on a server's ``PYTHONPATH``.
 
     Args:
         directory: where the plugin's metadata are written.
+        module: of this package, with the plugin's ``register``.
     """
-    metadata = directory / "broken_masks-1.dist-info"
+    metadata = directory / f"{module}-1.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-masks\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(_ENTRY_POINT)
+    name = module.replace("_", "-")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    entry_point = f"[sglang.srt.plugins]\n{module} = support.{module}:register\n"
+    (metadata / "entry_points.txt").write_text(entry_point)
     return f"{directory}:{Path(__file__).parents[1]}"
 
 

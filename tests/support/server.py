@@ -126,6 +126,12 @@ class Server:
     ) -> None:
         self._close()
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher."""
+        assert self._process is not None
+        return self._process.pid
+
     def get(self, path: str, timeout: float = 60.0) -> requests.Response:
         """GET a path; the status is the caller's to judge."""
         return self._session.get(self.url + path, timeout=timeout)

@@ -21,11 +21,12 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_model
 
+from pevlm_sglang.media.sources import SafeSources
 from pevlm_sglang.media.video_file import frames_of, length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 
 
-class VideoProcessor(BaseMultimodalProcessor):
+class VideoProcessor(SafeSources, BaseMultimodalProcessor):
     """Before SGLang's processor of the family in its class's bases.
 
     Attributes:

@@ -25,6 +25,7 @@ class _Probe(VideoDecoderWrapper):
     """Noise, in which each frame and each pixel differs from its neighbours."""
 
     avg_fps = _RATE
+    frame_shape = _SIZE
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -9,9 +9,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
-from pevlm_sglang.media.video_file import decoding, length_and_rate
+from pevlm_sglang.media.video_file import decoding, length_and_rate, parts
 
-_FRAMES_AT_ONCE = 16  # of a resize, which computes in fp32
+_PIXELS_AT_ONCE = 1 << 26  # of a resize, which computes in fp32
 
 
 def sample_and_resize(
@@ -23,7 +23,7 @@ def sample_and_resize(
         video: SGLang's ``VideoDecoderWrapper``.
 
     Raises:
-        ValueError: a video with too few frames, or too long and narrow.
+        ValueError: a video with too few frames, too large ones, or too long and narrow ones.
 
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
     in one piece and cast to fp32 at the end, to the same values.
@@ -31,16 +31,17 @@ def sample_and_resize(
     total, fps = length_and_rate(video)
     count = geometry.sampled_frames(total, fps, settings)
     indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    with decoding():
-        frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
-    size = frames.shape[-1], frames.shape[-2]
-    width, height = geometry.resized(count, size, settings)
-    frames = torch.cat(
-        [
-            resize(part, [height, width], InterpolationMode.BICUBIC, antialias=True)
-            for part in frames.split(_FRAMES_AT_ONCE)
+    resized = []
+    for part in parts(video, indices):
+        with decoding():
+            decoded = video.get_frames_as_tensor(part).permute(0, 3, 1, 2)
+        size = decoded.shape[-1], decoded.shape[-2]
+        width, height = geometry.resized(count, size, settings)
+        resized += [
+            resize(few, [height, width], InterpolationMode.BICUBIC, antialias=True)
+            for few in decoded.split(max(1, _PIXELS_AT_ONCE // (size[0] * size[1])))
         ]
-    )
+    frames = torch.cat(resized)
     if frames.device.type == "cpu" and torch.cuda.is_available():
         frames = frames.pin_memory()  # as SGLang does
     return frames, {
