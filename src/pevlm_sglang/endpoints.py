@@ -43,7 +43,15 @@ class RefuseDroppedSettings:
         while messages[-1].get("more_body"):
             messages.append(await receive())
         if has_setting(b"".join(message.get("body", b"") for message in messages)):
-            await _refuse(scope["path"], send)
+            message = (
+                f"PEVLM: custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on "
+                f"{scope['path']}, which drops it; ask there, or set the server's default with "
+                "--pevlm-... flags"
+            )
+            error = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 400, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps(error).encode()})
             return
 
         async def again() -> dict[str, Any]:
@@ -71,14 +79,3 @@ def has_setting(body: bytes) -> bool:
         elif isinstance(value, list):
             left += value
     return False
-
-
-async def _refuse(path: str, send: _Send) -> None:
-    message = (
-        f"PEVLM: custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on {path}, "
-        "which drops it; ask there, or set the server's default with --pevlm-... flags"
-    )
-    error = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error).encode()})

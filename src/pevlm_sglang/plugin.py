@@ -122,7 +122,11 @@ def register() -> None:
         kind = HookType[hook.function.__name__.split("_")[1].upper()]
         HookRegistry.register(target, hook.function, kind)
     Engine.server_args_class = _EngineServerArgs(Engine.server_args_class)
-    register_attention_backend(flags.NAME)(_refuse_unresolved_name)
+    unresolved = (
+        "the backend's name reached SGLang's registry unresolved, so the plugin's hooks are not in "
+        "place in this process; check the log above for 'Failed to apply hooks'"
+    )
+    register_attention_backend(flags.NAME)(lambda runner: _stop(unresolved))
     add_attention_backend_choices([flags.NAME])
 
 
@@ -131,13 +135,6 @@ def _stop(reason: object) -> NoReturn:
     message = f"PEVLM: {reason}"
     logger.error(message)
     sys.exit(message)
-
-
-def _refuse_unresolved_name(runner: Any) -> NoReturn:
-    _stop(
-        "the backend's name reached SGLang's registry unresolved, so the plugin's hooks are not in "
-        "place in this process; check the log above for 'Failed to apply hooks'"
-    )
 
 
 # --- Server arguments ------------------------------------------------------------------------
@@ -272,14 +269,16 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     config = getattr(model_runner.server_args, "_pevlm_config", None)
     if config is None or model_runner.is_draft_worker:
         return
-    _stop_unless_hooked()
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_parallel
 
     from pevlm_sglang.attention.bases import attach
     from pevlm_sglang.attention.kernel_choice import attention_layers, requested_kernel
 
+    if missing := [target for target in _HOOKS if target not in HookRegistry._patched]:
+        _stop(f"SGLang did not apply the hooks on {', '.join(missing)}; see the log above")
     parallel = get_parallel()
     first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
     observer = Observer(
@@ -334,14 +333,6 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         if passed_over:
             logger.info("PEVLM prefill kernel auto passed over %s", passed_over)
         logger.info("PEVLM vision corrections: %s", "; ".join(corrections))
-
-
-def _stop_unless_hooked() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    missing = [target for target in _HOOKS if target not in HookRegistry._patched]
-    if missing:
-        _stop(f"SGLang did not apply the hooks on {', '.join(missing)}; see the log above")
 
 
 @_hook("sglang.srt.managers.schedule_batch.Req.__init__", "sampling_params", "extra_key", "session")

@@ -127,11 +127,7 @@ def choose(
 
 
 def _probes(backend: PevlmBackend, layers: Sequence[Any], dtype: torch.dtype) -> list[Probe]:
-    """One for each kind of layer.
-
-    Raises:
-        UnsupportedError: a pool that does not hold a row of heads a token.
-    """
+    """One for each kind of layer; a pool that does not hold a row of heads a token is refused."""
     pool = backend.token_to_kv_pool
     found: dict[Any, Probe] = {}
     for layer in layers:
@@ -171,12 +167,8 @@ def _refusal(
 
 
 def _run_once(kernel: str, probe: Probe) -> None:
-    """Four tokens, of which one lies in a sparse block and one sees all, and whose attention is
-    known: equal weights on values 1.
-
-    Raises:
-        UnsupportedError: the kernel fails on this machine, or computes something else.
-    """
+    """Refuse a kernel that fails on this machine, or computes something else than equal weights on
+    values 1 for four tokens, one of them in a sparse block and one that sees all."""
     plan = packed_plan(4, 1, ((1, 2), (2, 3)), probe.q.device)
     try:
         out, lse = bound(kernel)(*probe[:3], plan, softmax_scale=probe.scaling)

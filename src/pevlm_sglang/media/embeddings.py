@@ -55,11 +55,8 @@ class EmbeddingHolder:
 
     def held(self, requests: Sequence[Any]) -> dict[int, Any]:
         """What the requests (``MultimodalInputs``) of a batch hold, for all of them to use."""
-        results: dict[int, Any] = {}
-        for request in requests:
-            if held := vars(request).get(_ATTRIBUTE):
-                results |= held.results
-        return results
+        held = [vars(request)[_ATTRIBUTE] for request in requests if _ATTRIBUTE in vars(request)]
+        return {key: result for each in held for key, result in each.results.items()}
 
     def keep(self, requests: Sequence[Any], ends: Sequence[int], found: dict[int, Any]) -> None:
         """After a forward: each request holds what it has begun and not finished.

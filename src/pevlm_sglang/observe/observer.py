@@ -17,18 +17,14 @@ from pevlm_sglang.layout import Layout, full_pairs
 
 logger = logging.getLogger(__name__)
 
-NO_VIDEO = "no_video"
-SHORT_VIDEO = "short_video"
-DISABLED = "disabled"
-IMAGE_RUNS_OFF = "image_runs_off"
-GLOBAL_TOKEN = "global_token"
 DENSE_REASONS = {
-    NO_VIDEO: "text, or images that PEVLM leaves alone",
-    SHORT_VIDEO: "the sink and one block hold the whole video",
-    DISABLED: "PEVLM is off for the request",
-    IMAGE_RUNS_OFF: "images only, and image runs are off",
-    GLOBAL_TOKEN: "sink, text or question of a sparse prompt, which attend to everything",
+    "no_video": "text, or images that PEVLM leaves alone",
+    "short_video": "the sink and one block hold the whole video",
+    "disabled": "PEVLM is off for the request",
+    "image_runs_off": "images only, and image runs are off",
+    "global_token": "sink, text or question of a sparse prompt, which attend to everything",
 }
+NO_VIDEO, SHORT_VIDEO, DISABLED, IMAGE_RUNS_OFF, GLOBAL_TOKEN = DENSE_REASONS
 
 
 @dataclass(frozen=True)
