@@ -99,6 +99,7 @@ def snapshot(model: Path, *, plugin: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_but_the_name(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, num_layers=1, vision_depth=1)
     without, beside = (snapshot(model, plugin=plugin) for plugin in (False, True))

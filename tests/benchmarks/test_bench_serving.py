@@ -272,5 +272,5 @@ def test_no_step_begins_when_the_time_is_up(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stdout.count("left out, the time is up") == 7, done.stdout
+    assert done.stdout.count("left out, the time is up") == 6, done.stdout
     assert "== figures: at most 20 s" in done.stdout

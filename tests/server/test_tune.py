@@ -12,7 +12,7 @@ from accuracy.dataset import EXAMPLE, make_clip, write_questions
 
 from pevlm_sglang.settings.config import PevlmConfig, resolve
 from pevlm_sglang.tools.cli import main
-from server.conftest import FEW_TOKENS, NO_EMBEDDING_CACHE
+from server.conftest import FEW_TOKENS
 from support.server import Server
 
 pytestmark = pytest.mark.server
@@ -25,7 +25,7 @@ SCENES, TASKS = 32, ("code", "time", "find")
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with Server(MODEL, *FLAGS, env=NO_EMBEDDING_CACHE) as server:
+    with Server(MODEL, *FLAGS) as server:
         yield server.url
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +150,16 @@ class Exchange:
         return [q for q, row in enumerate(mask) if row.sum() < q + 1]
 
     def totals(self) -> dict[str, Any]:
-        """The server's own count of what PEVLM did."""
-        totals: dict[str, Any] = self.server.info()["internal_states"][0]["pevlm"]
-        return totals
+        """The server's own count of what PEVLM did, over all replicas."""
+        states = [state["pevlm"] for state in self.server.info()["internal_states"]]
+        return {
+            name: (
+                sum((Counter(state[name]) for state in states), Counter())
+                if isinstance(total, dict)
+                else sum(state[name] for state in states)
+            )
+            for name, total in states[0].items()
+        }
 
     def check(self, *questions: Question) -> list[Answer]:
         """Ask in one batch; every answer must equal the oracle's, and PEVLM must have computed

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pevlm_sglang.settings.config import PevlmConfig, resolve
-from pevlm_sglang.tune import plot
+from pevlm_sglang.tools import picture
 from pevlm_sglang.tune.measurements import open_measurements
 from support.fake_server import FakeServer
 from tune.conftest import COLOURS, SIZES
@@ -264,7 +264,7 @@ def test_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(plot, "available", lambda: False)
+    monkeypatch.setattr(picture, "available", lambda: False)
     assert run(questions, "--png") == 2
     assert "pip install 'pevlm-sglang[png]'" in capsys.readouterr().err
     assert not server.asked, "before anything is measured"

@@ -36,7 +36,7 @@ def refusing(server: FakeServer) -> None:
     [
         (dense, "no setting saved an attention pair"),
         (cached, "a measured server must have no other traffic"),
-        (embedding_cached, "start the server with SGLANG_VLM_CACHE_SIZE_MB=0"),
+        (embedding_cached, "the vision tower did not run, though caches were flushed"),
         (without_pevlm, "runs without PEVLM"),
         (refusing, "got 400: Could not decode video"),
     ],

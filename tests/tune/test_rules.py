@@ -10,8 +10,14 @@ from pevlm_sglang.tune.client import Answer, Token, Work
 from pevlm_sglang.tune.measurements import FULL, Measurement, Setting
 from pevlm_sglang.tune.questions import Question
 from pevlm_sglang.tune.report import table, verdict, warnings
-from pevlm_sglang.tune.results import Evaluation, Limit, evaluate, recommend
-from pevlm_sglang.tune.scoring import is_right, logprob_difference
+from pevlm_sglang.tune.results import (
+    Evaluation,
+    Limit,
+    evaluate,
+    is_right,
+    logprob_difference,
+    recommend,
+)
 
 SMALL, LARGE = Setting(2, 4), Setting(16, 16)
 

@@ -1,15 +1,12 @@
-"""What the user sets: defaults < YAML file < command line < request.
-
-The dataclass is the one place where names and defaults live: the command line, the YAML file and
-the per-request override are all read against its fields.
-"""
+"""What the user sets: defaults < YAML file < command line < request. Names and defaults live in the
+dataclass alone, against whose fields all of these are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,29 +26,24 @@ RULES_VERSION = 1
 
 
 def _option(
-    default: Any, help_text: str, *, per_request: bool, choices: tuple[str, ...] | None = None
+    default: Any, text: str, *, least: int = 0, per_request: bool = True, choices: Any = None
 ) -> Any:
-    metadata = {"help": help_text, "per_request": per_request, "choices": choices}
+    metadata = {"help": text, "least": least, "per_request": per_request, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class PevlmConfig:
-    """The resolved configuration of a server or of one request.
+    """The resolved configuration of a server or of one request; ValueError for a value of the wrong
+    type or out of range."""
 
-    Raises:
-        ValueError: a value of the wrong type or out of range.
-    """
-
-    enabled: bool = _option(True, "run PEVLM; false is ordinary full attention", per_request=True)
+    enabled: bool = _option(True, "run PEVLM; false is ordinary full attention")
     sink_frames: int = _option(
-        16,
-        "sampled frames in the sink of each video; 0 = the text before it only",
-        per_request=True,
+        16, "sampled frames in the sink of each video; 0 = the text before it only"
     )
-    block_frames: int = _option(16, "sampled frames in a context block", per_request=True)
+    block_frames: int = _option(16, "sampled frames in a context block", least=1)
     image_runs: bool = _option(
-        False, "treat neighbouring images (at most 32 tokens apart) as a video", per_request=True
+        False, "treat neighbouring images (at most 32 tokens apart) as a video"
     )
     base_backend: str = _option(
         "auto",
@@ -69,21 +61,20 @@ class PevlmConfig:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            value, expected = getattr(self, option.name), type(option.default)
-            if type(value) is not expected:  # bool is an int, and must not pass for one
-                raise ValueError(
-                    f"{option.name}: expected {expected.__name__}, got {_shown(value)}"
-                )
-            choices = option.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(
-                    f"{option.name}: expected one of {', '.join(choices)}, got {_shown(value)}"
-                )
-        for name, least in (("sink_frames", 0), ("block_frames", 1)):
-            value = getattr(self, name)
-            if not least <= value <= MAX_FRAMES:
-                bound = f">= {least}" if value < least else f"<= {MAX_FRAMES}"
-                raise ValueError(f"{name}: expected {bound}, got {_shown(value)}")
+            value: Any = getattr(self, option.name)
+            kind: Any = type(option.default)
+            least, choices = option.metadata["least"], option.metadata["choices"]
+            if type(value) is not kind:  # bool is an int, and must not pass for one
+                expected = kind.__name__
+            elif choices and value not in choices:
+                expected = f"one of {', '.join(choices)}"
+            elif kind is int and value < least:
+                expected = f">= {least}"
+            elif kind is int and value > MAX_FRAMES:
+                expected = f"<= {MAX_FRAMES}"
+            else:
+                continue
+            raise ValueError(f"{option.name}: expected {expected}, got {_shown(value)}")
 
     @classmethod
     def option_names(cls, *, per_request: bool = False) -> tuple[str, ...]:
@@ -92,21 +83,28 @@ class PevlmConfig:
             f.name for f in dataclasses.fields(cls) if f.metadata["per_request"] or not per_request
         )
 
+    @classmethod
+    def help(cls, name: str) -> str:
+        """What an option is, and its default."""
+        option = cls.__dataclass_fields__[name]
+        return f"{option.metadata['help']} (default: {str(option.default).lower()})"
+
     def override(self, values: Mapping[str, Any], *, per_request: bool = False) -> PevlmConfig:
         """This configuration with some values replaced.
 
         Raises:
-            ValueError: an unknown name (the message lists the valid ones) or a bad value.
+            ValueError: an unknown name, beside the valid ones, or a bad value.
         """
-        _check_names(values, self.option_names(per_request=per_request))
+        valid = self.option_names(per_request=per_request)
+        if unknown := [name for name in values if name not in valid]:
+            shown = ", ".join(map(_shown, unknown[:3]))
+            shown += f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise ValueError(f"unknown option {shown}; valid options: {', '.join(valid)}")
         return dataclasses.replace(self, **values)
 
     def for_request(self, custom_params: Any) -> PevlmConfig:
-        """The configuration of one request.
-
-        Args:
-            custom_params: SGLang's ``sampling_params.custom_params``; the override is its value
-                under ``"pevlm"``, a flat mapping of any subset of the per-request options.
+        """The configuration of one request, whose override is the value under ``"pevlm"`` of its
+        ``sampling_params.custom_params``: a flat mapping of any of the per-request options.
 
         Raises:
             ValueError: see :meth:`override`.
@@ -114,13 +112,10 @@ class PevlmConfig:
         values = custom_params.get("pevlm") if isinstance(custom_params, Mapping) else None
         if values is None:
             return self
-        valid = self.option_names(per_request=True)
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"custom_params['pevlm']: expected a mapping with any of {', '.join(valid)}, "
-                f"got {_shown(values)}"
-            )
         try:
+            if not isinstance(values, Mapping):
+                valid = ", ".join(self.option_names(per_request=True))
+                raise ValueError(f"expected a mapping with any of {valid}, got {_shown(values)}")
             return self.override(values, per_request=True)
         except ValueError as error:
             raise ValueError(f"custom_params['pevlm']: {error}") from None
@@ -148,10 +143,13 @@ def resolve(file: str | Path | None, flags: Mapping[str, Any]) -> PevlmConfig:
     Raises:
         ValueError: a file that is missing or not a mapping, an unknown name, a bad value.
     """
-    config = PevlmConfig()
-    if file is not None:
-        config = config.override(load_file(find_file(file)))
-    return config.override(flags)
+    values = {} if file is None else load_file(find_file(file))
+    return PevlmConfig().override({**values, **flags})
+
+
+def flag(name: str) -> str:
+    """An option's name as the command line spells it."""
+    return "--" + name.replace("_", "-")
 
 
 def preset_names() -> tuple[str, ...]:
@@ -191,26 +189,14 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"pevlm config {path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ValueError(f"pevlm config {path}: not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"pevlm config {path}: expected a mapping of options, got {type(content).__name__}"
-        )
+    content = {} if content is None else content
     try:
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a mapping of options, got {type(content).__name__}")
         PevlmConfig().override(content)
     except ValueError as error:
         raise ValueError(f"pevlm config {path}: {error}") from None
     return content
-
-
-def _check_names(names: Iterable[Any], valid: tuple[str, ...]) -> None:
-    unknown = [name for name in names if name not in valid]
-    if unknown:
-        shown = ", ".join(_shown(name) for name in unknown[:3]) + (
-            f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        )
-        raise ValueError(f"unknown option {shown}; valid options: {', '.join(valid)}")
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,5 @@
-"""The plugin's own server arguments: command line, ``sglang.Engine`` keywords, and what they mean.
-
-The parser is read off :class:`PevlmConfig`, so a default lives in one place.
-"""
+"""The plugin's own server arguments, read off :class:`PevlmConfig`: command line, ``sglang.Engine``
+keywords, and what they mean."""
 
 from __future__ import annotations
 
@@ -9,10 +7,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pevlm_sglang.settings.config import PevlmConfig, preset_names, resolve
+from pevlm_sglang.settings.config import PevlmConfig, flag, preset_names, resolve
 
 NAME = "pevlm"
-CONFIG_FILE = "pevlm_config"
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
@@ -25,21 +22,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("PEVLM (--attention-backend pevlm)")
     absent: Any = argparse.SUPPRESS
     for option in dataclasses.fields(PevlmConfig):
-        settings: dict[str, Any] = {"default": absent, "dest": f"pevlm_{option.name}"}
         if option.default is False:
-            settings["action"] = "store_true"
+            form: dict[str, Any] = {"action": "store_true"}
         elif option.default is True:
-            settings |= {"type": _boolean, "metavar": "{true,false}"}
+            form = {"type": _boolean, "metavar": "{true,false}"}
         else:
-            settings["type"] = type(option.default)
-        if option.metadata["choices"]:
-            settings["choices"] = option.metadata["choices"]
-        default = str(option.default).lower()
-        group.add_argument(
-            f"--pevlm-{option.name.replace('_', '-')}",
-            help=f"{option.metadata['help']} (default: {default})",
-            **settings,
-        )
+            form = {"type": type(option.default), "choices": option.metadata["choices"]}
+        text = PevlmConfig.help(option.name)
+        group.add_argument(flag(f"pevlm_{option.name}"), default=absent, help=text, **form)
     group.add_argument(
         "--pevlm-config",
         default=absent,
@@ -58,37 +48,31 @@ def _boolean(text: str) -> bool:
 
 def given_flags(values: dict[str, Any]) -> dict[str, Any]:
     """The plugin's own values among server arguments, without their prefix; removed from them."""
-    names = [f"pevlm_{name}" for name in PevlmConfig.option_names()] + [CONFIG_FILE]
-    return {name.removeprefix("pevlm_"): values.pop(name) for name in names if name in values}
+    names = (*PevlmConfig.option_names(), "config")
+    return {name: values.pop(f"pevlm_{name}") for name in names if f"pevlm_{name}" in values}
 
 
 def requested(server_args: Any, flags: dict[str, Any]) -> PevlmConfig | None:
-    """What these server arguments ask of PEVLM; None where they do not ask for it.
-
-    Args:
-        server_args: SGLang's ``ServerArgs``, before resolution.
-        flags: see :func:`given_flags`.
+    """What SGLang's ``ServerArgs``, before resolution, ask of PEVLM beside :func:`given_flags`;
+    None where they do not ask for it.
 
     Raises:
         ArgumentConflictError: PEVLM options without PEVLM, or PEVLM for decode alone.
         ValueError: see :func:`pevlm_sglang.settings.config.resolve`.
     """
-    chosen = [name for name in BACKEND_FIELDS if getattr(server_args, name, None) == NAME]
-    if not chosen:
-        if flags:
-            given = ", ".join(f"--pevlm-{name.replace('_', '-')}" for name in flags)
-            raise ArgumentConflictError(
-                f"{given}: expected --attention-backend pevlm beside it, got "
-                f"{server_args.attention_backend or 'no --attention-backend'}"
-            )
-        return None
+    chosen = _fields_with_name(server_args)
+    if flags and not chosen:
+        raise ArgumentConflictError(
+            f"{', '.join(flag(f'pevlm_{name}') for name in flags)}: expected --attention-backend "
+            f"pevlm beside it, got {server_args.attention_backend or 'no --attention-backend'}"
+        )
     if chosen == ["decode_attention_backend"]:
         raise ArgumentConflictError(
             "--decode-attention-backend pevlm: PEVLM changes prefill alone; "
             "use --attention-backend pevlm or --prefill-attention-backend pevlm"
         )
     options = dict(flags)
-    return resolve(options.pop("config", None), options)
+    return resolve(options.pop("config", None), options) if chosen else None
 
 
 def write_base_backend(server_args: Any, config: PevlmConfig) -> None:
@@ -97,7 +81,9 @@ def write_base_backend(server_args: Any, config: PevlmConfig) -> None:
     SGLang decides much by this name (page sizes, CUDA graphs, speculative decoding), and would miss
     it all for a name that it does not know. None lets SGLang pick its default.
     """
-    base = None if config.base_backend == "auto" else config.base_backend
-    for name in BACKEND_FIELDS:
-        if getattr(server_args, name, None) == NAME:
-            setattr(server_args, name, base)
+    for name in _fields_with_name(server_args):
+        setattr(server_args, name, None if config.base_backend == "auto" else config.base_backend)
+
+
+def _fields_with_name(server_args: Any) -> list[str]:
+    return [name for name in BACKEND_FIELDS if getattr(server_args, name, None) == NAME]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pevlm_sglang.errors import UnsupportedError
-from pevlm_sglang.settings.config import PevlmConfig
+from pevlm_sglang.settings.config import PevlmConfig, flag
 
 
 class Refusal(NamedTuple):
@@ -17,7 +17,7 @@ class Refusal(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return "--" + self.option.replace("_", "-")
+        return flag(self.option)
 
 
 _PARALLEL = "the rows or keys of a prefill are split over ranks, across virtual sequences"
@@ -64,11 +64,7 @@ triton backend takes another kernel there, which PEVLM does not rewrite."""
 
 
 def check_server_args(resolved: Any, config: PevlmConfig) -> None:
-    """Refuse settings of SGLang that PEVLM does not work with.
-
-    Args:
-        resolved: SGLang's resolved server arguments.
-        config: of the server.
+    """Refuse settings of SGLang's resolved server arguments that PEVLM does not work with.
 
     Raises:
         UnsupportedError: names the option, what was expected, what came, and why.
@@ -76,48 +72,42 @@ def check_server_args(resolved: Any, config: PevlmConfig) -> None:
     for refusal in REFUSALS:
         value = getattr(resolved, refusal.option, refusal.unless[0])
         if value not in refusal.unless:
-            expected = " or ".join(str(v) for v in refusal.unless)
             raise UnsupportedError(
-                f"{refusal.flag}: expected {expected}, got {value}; {refusal.reason}. "
-                f"Leave {refusal.flag} out, or serve without --attention-backend pevlm"
+                f"{refusal.flag}: expected {' or '.join(map(str, refusal.unless))}, got {value}; "
+                f"{refusal.reason}. Leave {refusal.flag} out, or serve without --attention-backend "
+                "pevlm"
             )
     if not getattr(resolved, "enable_deterministic_inference", False):
         return
-    base = resolved.prefill_attention_backend or resolved.attention_backend or ""
+    base = resolved.prefill_attention_backend or resolved.attention_backend
     if base not in DETERMINISTIC_BASES:
         raise UnsupportedError(
-            f"--enable-deterministic-inference: expected --pevlm-base-backend "
+            "--enable-deterministic-inference: expected --pevlm-base-backend "
             f"{' or '.join(DETERMINISTIC_BASES)}, whose own prefill kernel PEVLM runs there, got "
             f"{base or 'none'}"
         )
     if config.prefill_kernel not in ("auto", "base"):
         raise UnsupportedError(
-            f"--pevlm-prefill-kernel: expected base with --enable-deterministic-inference, whose "
+            "--pevlm-prefill-kernel: expected base with --enable-deterministic-inference, whose "
             f"results do not depend on the batch, got {config.prefill_kernel}"
         )
 
 
 def check_model(model_runner: Any) -> None:
-    """Refuse models whose attention is not plain causal attention over a token-granular cache.
-
-    Raises:
-        UnsupportedError: says what the model has.
-    """
+    """Refuse, by an UnsupportedError that says why, models whose attention is not plain causal
+    attention over a token-granular cache."""
     from sglang.srt.configs.model_config import AttentionArch
 
-    config = model_runner.model_config
-    text_config = config.hf_text_config
-    window = model_runner.sliding_window_size
+    config, window = model_runner.model_config, model_runner.sliding_window_size
     findings = {
         "multi-head latent attention (MLA)": config.attention_arch != AttentionArch.MHA,
         "an encoder-decoder with cross-attention": config.is_encoder_decoder,
         "sliding-window attention": window is not None and window > 0,
-        "interleaved rope (use_irope)": bool(getattr(text_config, "use_irope", False)),
+        "interleaved rope (use_irope)": getattr(config.hf_text_config, "use_irope", False),
         "no generation (an embedding model)": not config.is_generation,
     }
-    for finding, present in findings.items():
-        if present:
-            raise UnsupportedError(
-                f"model {config.model_path}: has {finding}, which PEVLM does not cover; "
-                "serve it without --attention-backend pevlm"
-            )
+    if found := next((finding for finding, present in findings.items() if present), None):
+        raise UnsupportedError(
+            f"model {config.model_path}: has {found}, which PEVLM does not cover; "
+            "serve it without --attention-backend pevlm"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -12,17 +11,18 @@ from typing import Any, NoReturn
 
 from pevlm_sglang.families import registry
 from pevlm_sglang.settings.config import PevlmConfig, preset_names, resolve
+from pevlm_sglang.tools.options import add_command, add_options
 from pevlm_sglang.tools.show import Model, Prompt, Request, as_json, as_text
 from pevlm_sglang.tune import command as tune
 
-_PRESET_SUFFIXES = (".yaml", ".yml")
-_DEFAULT_SIZE = (1280, 720)
+_SAME_NAME = ("duration", "video_fps", "prompt_tokens", "question_tokens")  # here and in Request
 _DEFAULT_FAMILY = "qwen2_5_vl"
 
+_SUMMARY = "the layout of a video, its token counts and its cost"
 _SHOW = """Show what a video becomes on an SGLang server: sampled frames, tokens, sink, context
 blocks, and what attention then costs. Needs no GPU, no server and no weights."""
 
-_SHOW_EXAMPLES = """examples:
+_EXAMPLES = """examples:
   pevlm show --frames 768 --size 1280x720
   pevlm show low-latency --duration 384 --model-family qwen3_vl
   pevlm show MODEL_DIR --config low-latency --duration 600 --fps 1 --json
@@ -60,14 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_show(commands: Any) -> None:
-    parser = commands.add_parser(
-        "show",
-        help="the layout of a video, its token counts and its cost",
-        description=_SHOW,
-        epilog=_SHOW_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_show)
+    parser = add_command(commands, "show", _show, _SUMMARY, description=_SHOW, epilog=_EXAMPLES)
     parser.add_argument(
         "source",
         nargs="?",
@@ -82,81 +75,55 @@ def _add_show(commands: Any) -> None:
         help="without MODEL_DIR: take the published checkpoints of this family "
         f"(default: {_DEFAULT_FAMILY})",
     )
-    parser.add_argument("--config", metavar="PRESET|FILE", help="preset, beside a MODEL_DIR")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the mask")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_video(parser)
-    _add_layout(parser)
-
-
-def _add_video(parser: argparse.ArgumentParser) -> None:
+    add_options(
+        parser,
+        ("config", str, "PRESET|FILE", None, "preset, beside a MODEL_DIR"),
+        ("png", Path, "FILE", None, "also draw the mask"),
+        ("json", bool, "", False, "print one JSON object"),
+    )
     video = parser.add_argument_group("video")
-    length = video.add_mutually_exclusive_group(required=True)
-    length.add_argument("--frames", type=int, metavar="N", help="sampled frames")
-    length.add_argument("--duration", type=float, metavar="SECONDS", help="length of the video")
-    width, height = _DEFAULT_SIZE
-    video.add_argument(
-        "--size",
-        type=_size,
-        default=_DEFAULT_SIZE,
-        metavar="WxH",
-        help=f"of the video, in pixels (default: {width}x{height})",
+    add_options(
+        video.add_mutually_exclusive_group(required=True),
+        ("frames", int, "N", None, "sampled frames"),
+        ("duration", float, "SECONDS", None, "length of the video"),
     )
-    video.add_argument(
-        "--video-fps",
-        type=float,
-        default=Request.video_fps,
-        metavar="FPS",
-        help="frame rate of the file, with --duration (default: %(default)g)",
+    config = (
+        """what the server gets under this name, such as '{"video": {"fps": 1, "max_pixels": """
     )
-    video.add_argument(
-        "--mm-process-config",
-        type=_video_settings,
-        default={},
-        metavar="JSON",
-        help="what the server gets under this name, such as "
-        """'{"video": {"fps": 1, "max_pixels": 401408}}'; of "video", these take effect: """
-        f"{', '.join(registry.setting_names())}",
+    config += """401408}}'; of "video", these take effect: """ + ", ".join(registry.setting_names())
+    short = "short for this setting: "
+    add_options(
+        video,
+        ("size", _size, "WxH", "1280x720", "of the video, in pixels"),
+        ("video_fps", float, "FPS", Request.video_fps, "frame rate of the file, with --duration"),
+        ("mm_process_config", _video_settings, "JSON", "{}", config),
+        ("fps", float, "N", None, short + "frames sampled from a second of video"),
+        ("max_frames", int, "N", None, short + "most frames sampled from a video"),
     )
-    for name, kind, text in (
-        ("fps", float, "frames sampled from a second of video"),
-        ("max_frames", int, "most frames sampled from a video"),
-    ):
-        video.add_argument(
-            _flag(name), type=kind, metavar="N", help=f"short for this setting: {text}"
-        )
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    layout = parser.add_argument_group("layout")
-    for option in dataclasses.fields(PevlmConfig):
-        if option.name in ("sink_frames", "block_frames"):
-            layout.add_argument(
-                _flag(option.name),
-                type=int,
-                metavar="N",
-                help=f"{option.metadata['help']} (default: {option.default})",
-            )
-    layout.add_argument(
-        "--prompt-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of the system prompt and of text before the video (default: the chat "
-        "template's own system prompt)",
-    )
-    layout.add_argument(
-        "--question-tokens",
-        type=int,
-        default=Request.question_tokens,
-        metavar="N",
-        help=f"tokens of the text after the video (default: {Request.question_tokens})",
+    layout = [
+        (name, int, "N", None, PevlmConfig.help(name)) for name in ("sink_frames", "block_frames")
+    ]
+    before = "tokens of the system prompt and of text before the video"
+    before += " (default: the chat template's own system prompt)"
+    after = "tokens of the text after the video"
+    add_options(
+        parser.add_argument_group("layout"),
+        *layout,
+        ("prompt_tokens", int, "N", None, before),
+        ("question_tokens", int, "N", Request.question_tokens, after),
     )
 
 
 def _show(arguments: argparse.Namespace) -> int:
     model, preset = _model_and_preset(arguments)
-    layout_flags = _given(arguments, ("sink_frames", "block_frames"))
-    prompt = Prompt.build(model, resolve(preset, layout_flags), _request(arguments))
+    config = resolve(preset, _given(arguments, "sink_frames", "block_frames"))
+    request = Request(
+        size=arguments.size,
+        settings={**arguments.mm_process_config, **_given(arguments, "fps", "max_frames")},
+        sampled=arguments.frames,
+        **{name: getattr(arguments, name) for name in _SAME_NAME},
+    )
+    prompt = Prompt(model, config, request)
     if arguments.png is not None:
         from pevlm_sglang.tools.picture import draw_png
 
@@ -167,12 +134,13 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, str | None]:
     source, preset, family = arguments.source, arguments.config, arguments.model_family
-    if source is not None and (source in preset_names() or source.endswith(_PRESET_SUFFIXES)):
+    if source is not None and (source in preset_names() or source.endswith((".yaml", ".yml"))):
         if preset is not None:
             raise ValueError(f"--config {preset}: expected one preset, got {source} too")
         source, preset = None, source
     if source is None:
-        return Model.published(family or _DEFAULT_FAMILY), preset
+        family = family or _DEFAULT_FAMILY
+        return Model(f"published {family}", registry.published()[family]), preset
     if family is not None:
         raise ValueError(f"--model-family: {source}/config.json names the family; leave it out")
     if not Path(source).is_dir():
@@ -181,29 +149,12 @@ def _model_and_preset(arguments: argparse.Namespace) -> tuple[Model, str | None]
             f"({', '.join(preset_names())}, or a YAML file); for a published checkpoint, leave it "
             "out"
         )
-    return Model.read(Path(source)), preset
+    return Model(str(Path(source)), registry.of_checkpoint(Path(source))), preset
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    settings = {**arguments.mm_process_config, **_given(arguments, ("fps", "max_frames"))}
-    return Request(
-        size=arguments.size,
-        settings=settings,
-        sampled=arguments.frames,
-        duration=arguments.duration,
-        video_fps=arguments.video_fps,
-        prompt_tokens=arguments.prompt_tokens,
-        question_tokens=arguments.question_tokens,
-    )
-
-
-def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     values = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _size(text: str) -> tuple[int, int]:

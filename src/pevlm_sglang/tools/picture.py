@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.layout import Range
 from pevlm_sglang.tools.show import Prompt
 
 WIDTH, HEIGHT = 900, 864
@@ -37,41 +37,50 @@ _MOST_TICKS = 130  # steps, above which only the parts get ticks
 _MOST_LINES = 40  # parts, above which no line is drawn between them
 _MOST_LABELS = 8  # blocks with a name on an axis
 _LEAST_LABEL = 0.06  # of the axis, for a name to fit under it
-_INK = "#333333"
+INK = "#333333"
+
+MISSING = "matplotlib is not installed; install it with: pip install 'pevlm-sglang[png]'"
 
 
 def draw_png(prompt: Prompt, path: Path) -> None:
-    """Draw the mask of a prompt: queries downwards, keys to the right.
-
-    Each pixel of the mask is the pair in its centre, so a prompt of any length is drawn exactly.
-
-    Args:
-        path: of the picture; its folder must exist.
+    """Draw the mask of a prompt: queries downwards, keys to the right. Each pixel is the pair in
+    its centre, so a prompt of any length is drawn exactly.
 
     Raises:
         ValueError: matplotlib is not installed, or the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise ValueError(
-            "a picture needs matplotlib; install it with: pip install 'pevlm-sglang[png]'"
-        ) from None
+    figure = new_figure(WIDTH, HEIGHT)
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white")
     axes = figure.add_axes((LEFT / WIDTH, 1 - (TOP + SIDE) / HEIGHT, SIDE / WIDTH, SIDE / HEIGHT))
     extent = (0, prompt.length, prompt.length, 0)
     axes.imshow(_pixels(prompt), extent=extent, interpolation="none")
     _label(axes, prompt)
     handles = [
-        Patch(facecolor=COLOURS[name], edgecolor=_INK, linewidth=0.5, label=text)
+        Patch(facecolor=COLOURS[name], edgecolor=INK, linewidth=0.5, label=text)
         for name, text in _LEGEND.items()
     ]
-    axes.legend(handles=handles, loc="upper right", fontsize=13.5, frameon=False, labelcolor=_INK)
+    axes.legend(handles=handles, loc="upper right", fontsize=13.5, frameon=False, labelcolor=INK)
+    save(figure, path)
+
+
+def available() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def new_figure(width: int, height: int, **options: Any) -> Any:
+    """An empty white figure of so many pixels, or ValueError where matplotlib is not installed."""
     try:
-        FigureCanvasAgg(figure).print_png(path)
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(MISSING) from None
+    return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white", **options)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG, or ValueError where that cannot be."""
+    try:
+        figure.savefig(path, format="png")
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -80,10 +89,7 @@ def _pixels(prompt: Prompt) -> Any:
     """``[SIDE, SIDE, 3]`` uint8: the colour of each pixel's pair."""
     import numpy as np
 
-    rgb = {
-        name: np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)
-        for name, code in COLOURS.items()
-    }
+    rgb = {name: np.frombuffer(bytes.fromhex(COLOURS[name][1:]), np.uint8) for name in COLOURS}
     positions = ((np.arange(SIDE) + 0.5) * prompt.length / SIDE).astype(np.int64)
     picture = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     for row, query in zip(picture, positions.tolist(), strict=True):
@@ -102,30 +108,28 @@ def _pixels(prompt: Prompt) -> Any:
 def _label(axes: Any, prompt: Prompt) -> None:
     """Ticks at the borders of steps, names of the parts at the left, their frames below."""
     parts, video = prompt.parts, prompt.spans
-    borders = [video.start, *(end for _, end in video.steps)]
-    if len(borders) > _MOST_TICKS:
-        borders = [video.start, *(end for _, (_, end) in parts)]
+    ranges = video.steps if len(video.steps) < _MOST_TICKS else [tokens for _, tokens in parts]
+    borders = [video.start, *(end for _, end in ranges)]
     if len(parts) <= _MOST_LINES:
         for _, (_, end) in parts[:-1]:
             axes.plot([0, end], [end, end], color="white", linewidth=0.8)
     stride = -(-len(parts) // _MOST_LABELS)
     named = [*parts[:-1:stride], parts[-1]]
-    below: list[tuple[str, Range]] = [
-        (prompt.frames_in(tokens), (max(tokens[0], video.start), tokens[1]))
+    below = [
+        (frames, (max(tokens[0], video.start), tokens[1]))
         for _, tokens in named
-        if prompt.frames_in(tokens) != "-"
+        if (frames := prompt.frames_in(tokens)) != "-"
     ]
-    for name, (start, end) in (("text", (0, video.start)), ("question", parts[-1][1])):
-        if end - start >= _LEAST_LABEL * prompt.length:
-            below.append((name, (start, end)))
+    least = _LEAST_LABEL * prompt.length
+    texts = ("text", (0, video.start)), ("question", parts[-1][1])
+    below += [(name, (start, end)) for name, (start, end) in texts if end - start >= least]
+    style = {"fontsize": 13, "color": INK, "labelpad": 7}
+    axes.set_xlabel("keys (numbers: sampled frames)", **style)
+    axes.set_ylabel("queries", **style)
     for axis, labels in ((axes.yaxis, named), (axes.xaxis, below)):
         axis.remove_overlapping_locs = False  # a name may stand in the middle of a step
         axis.set_ticks(borders, minor=True)
         axis.set_ticks([(x + y) / 2 for _, (x, y) in labels], [name for name, _ in labels])
-        axis.set_tick_params(which="major", length=0, labelsize=12, labelcolor=_INK, pad=9)
-        axis.set_tick_params(which="minor", length=6, width=0.8, color=_INK)
-    axes.set_xlabel("keys (numbers: sampled frames)", fontsize=13, color=_INK, labelpad=7)
-    axes.set_ylabel("queries", fontsize=13, color=_INK, labelpad=7)
-    for spine in axes.spines.values():
-        spine.set_linewidth(0.8)
-        spine.set_color(_INK)
+        axis.set_tick_params(which="major", length=0, labelsize=12, labelcolor=INK, pad=9)
+        axis.set_tick_params(which="minor", length=6, width=0.8, color=INK)
+    axes.spines[:].set(linewidth=0.8, color=INK)

@@ -1,8 +1,5 @@
-"""What a video becomes: sampled frames, tokens, sink, blocks, and what attention then costs.
-
-Everything is computed from a checkpoint's JSON files and the size of a video: no weights, no
-server, no SGLang import.
-"""
+"""What a video becomes: sampled frames, tokens, sink, blocks, and what attention then costs; from a
+checkpoint's JSON files and the size of a video, without weights, a server or SGLang."""
 
 from __future__ import annotations
 
@@ -12,42 +9,18 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from pevlm_sglang.families import registry
-from pevlm_sglang.families.sizes import Geometry, VideoTokens
+from pevlm_sglang.families.sizes import Geometry
 from pevlm_sglang.layout import FrameSpans, Layout, Range
-from pevlm_sglang.settings.config import PevlmConfig
-
-_SHOWN_BLOCKS = (3, 2)  # of many blocks, the first and the last ones are printed
+from pevlm_sglang.settings.config import PevlmConfig, flag
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the layout takes from a model.
-
-    Attributes:
-        name: what the user called it.
-        geometry: of its family.
-    """
+class Model(NamedTuple):
+    """What the user calls it, and the geometry of its family."""
 
     name: str
     geometry: Geometry
-
-    @classmethod
-    def published(cls, family: str) -> Model:
-        """The published checkpoints of a family, from what is known about them."""
-        return cls(f"published {family}", registry.published()[family])
-
-    @classmethod
-    def read(cls, directory: Path) -> Model:
-        """A checkpoint's directory; its weights are not needed.
-
-        Raises:
-            ValueError: see :func:`pevlm_sglang.families.registry.of_checkpoint`.
-        """
-        return cls(str(directory), registry.of_checkpoint(directory))
 
 
 @dataclass(frozen=True)
@@ -57,11 +30,9 @@ class Request:
     Attributes:
         size: width and height of the video, in pixels.
         settings: video settings of the server, by name.
-        sampled: frames that the server samples; None where ``duration`` says how many.
-        duration: of the video, in seconds; None where ``sampled`` is given.
+        sampled, duration: frames that the server samples, or seconds of the video: one of them.
         video_fps: frame rate of the file.
-        prompt_tokens: of the system prompt, and of any text before the video; None is the chat
-            template's own system prompt.
+        prompt_tokens: of any text before the video; None is the chat template's system prompt.
         question_tokens: of the text after the video.
 
     Raises:
@@ -87,84 +58,50 @@ class Request:
         if (self.sampled is None) == (self.duration is None):
             raise ValueError("expected either a number of sampled frames or a duration")
 
-    def video(self, geometry: Geometry, settings: Any) -> VideoTokens:
-        """What the video becomes.
 
-        Args:
-            geometry: of the model.
-            settings: the geometry's form of ``settings``.
-
-        Raises:
-            ValueError: SGLang would not sample the number that is asked for, or refuses the video.
-        """
-        if self.sampled is not None:
-            total, fps = geometry.sample(self.sampled, settings)
-        else:
-            assert self.duration is not None
-            total, fps = round(self.duration * self.video_fps), self.video_fps
-        return geometry.video(total, fps, self.size, settings)
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """The tokens of a request, and their layout.
+    """The prompt that SGLang makes of a request.
 
     Attributes:
-        settings: the request's, in the form of the model's geometry.
+        settings: the request's video settings, in the form of the model's geometry.
         prompt_tokens: of the system prompt, and of any text before the video.
+        chat_template_tokens: before and after the video, beside those and the question's.
+        video, spans, layout: what the video becomes.
         length: tokens in the prompt.
+        step_tokens: least and most of a step.
+        frame_tokens: of a sampled frame, on average.
+
+    Raises:
+        ValueError: a bad setting, SGLang would not sample the number that is asked for, or would
+            refuse the video.
     """
 
-    model: Model
-    config: PevlmConfig
-    request: Request
-    settings: Any
-    prompt_tokens: int
-    video: VideoTokens
-    spans: FrameSpans
-    layout: Layout
-    length: int
-
-    @classmethod
-    def build(cls, model: Model, config: PevlmConfig, request: Request) -> Prompt:
-        """Predict the prompt that SGLang makes of a request.
-
-        Raises:
-            ValueError: a bad setting, or SGLang would refuse the video.
-        """
+    def __init__(self, model: Model, config: PevlmConfig, request: Request) -> None:
+        self.model, self.config, self.request = model, config, request
         geometry = model.geometry
-        settings = geometry.settings(request.settings)
-        video = request.video(geometry, settings)
-        prompt_tokens = request.prompt_tokens
-        if prompt_tokens is None:
-            prompt_tokens = geometry.default_prompt_tokens
-        before, after = geometry.chat_template_tokens(prompt_tokens)
-        ends = [*accumulate(video.steps, initial=before + prompt_tokens)]
-        spans = FrameSpans(tuple(pairwise(ends)), geometry.frames_per_step)
-        layout = Layout.build(
-            [spans] if config.enabled else [],
+        self.settings = geometry.settings(request.settings)
+        if request.duration is None:
+            assert request.sampled is not None
+            total, fps = geometry.sample(request.sampled, self.settings)
+        else:
+            total, fps = round(request.duration * request.video_fps), request.video_fps
+        self.video = geometry.video(total, fps, request.size, self.settings)
+        given = request.prompt_tokens
+        self.prompt_tokens = geometry.default_prompt_tokens if given is None else given
+        before, after = geometry.chat_template_tokens(self.prompt_tokens)
+        self.chat_template_tokens = before, after
+        steps, each = self.video.steps, geometry.frames_per_step
+        ends = [*accumulate(steps, initial=before + self.prompt_tokens)]
+        self.spans = FrameSpans(tuple(pairwise(ends)), each)
+        self.layout = Layout.build(
+            [self.spans] if config.enabled else [],
             sink_frames=config.sink_frames,
             block_frames=config.block_frames,
         )
-        length = spans.end + after + request.question_tokens
-        return cls(model, config, request, settings, prompt_tokens, video, spans, layout, length)
-
-    def assumptions(self) -> Iterator[str]:
-        """What a real prompt may have otherwise."""
-        before, after = self.model.geometry.chat_template_tokens(self.prompt_tokens)
-        yield f"system prompt {self.prompt_tokens} tokens, question {self.request.question_tokens}"
-        yield f"chat template {before} tokens before and {after} after the video"
-        if self.request.duration is not None:
-            yield f"a file of {self.request.video_fps:g} frames a second"
-
-    @property
-    def step_tokens(self) -> tuple[int, int]:
-        """Least and most tokens of a step."""
-        return min(self.video.steps), max(self.video.steps)
-
-    @property
-    def visible_fraction(self) -> float:
-        return self.layout.visible_fraction(self.length)
+        self.length = self.spans.end + after + request.question_tokens
+        self.step_tokens = min(steps), max(steps)
+        self.frame_tokens = sum(steps) / len(steps) / each
+        self.visible_fraction = self.layout.visible_fraction(self.length)
 
     @property
     def sink(self) -> Range:
@@ -194,7 +131,7 @@ class Prompt:
         """The flags of SGLang that give this prompt and layout."""
         flags = ["--attention-backend", "pevlm"]
         for name in ("sink_frames", "block_frames"):
-            flags += [f"--pevlm-{name.replace('_', '-')}", str(getattr(self.config, name))]
+            flags += [flag(f"pevlm_{name}"), str(getattr(self.config, name))]
         if not self.config.enabled:
             flags += ["--pevlm-enabled", "false"]
         if video := self.settings.given():
@@ -217,7 +154,7 @@ def as_json(prompt: Prompt) -> str:
             "video_fps": request.video_fps if request.duration is not None else None,
             "system_prompt_tokens": prompt.prompt_tokens,
             "question_tokens": request.question_tokens,
-            "chat_template_tokens": geometry.chat_template_tokens(prompt.prompt_tokens),
+            "chat_template_tokens": prompt.chat_template_tokens,
         },
         "frames": video.frames,
         "resized": video.resized,
@@ -225,7 +162,7 @@ def as_json(prompt: Prompt) -> str:
         "steps": len(video.steps),
         "frames_per_step": prompt.spans.frames_per_step,
         "tokens_per_step": prompt.step_tokens,
-        "tokens_per_frame": sum(video.steps) / len(video.steps) / prompt.spans.frames_per_step,
+        "tokens_per_frame": prompt.frame_tokens,
         "prompt_tokens": prompt.length,
         "context_length": geometry.context_length,
         "video": [prompt.spans.start, prompt.spans.end],
@@ -241,20 +178,22 @@ def as_json(prompt: Prompt) -> str:
 
 def as_text(prompt: Prompt) -> str:
     """The prompt for people."""
-    video, spans = prompt.video, prompt.spans
-    least, most = prompt.step_tokens
-    each = spans.frames_per_step
-    step = f"{least}" if least == most else f"{least} to {most}"
-    frame = sum(video.steps) / len(video.steps) / each
+    video, spans, request = prompt.video, prompt.spans, prompt.request
+    each, (before, after) = spans.frames_per_step, prompt.chat_template_tokens
+    file = f"; a file of {request.video_fps:g} frames a second" if request.duration else ""
     lines = [
         f"model    {prompt.model.name}",
-        f"video    {video.frames} sampled frames of {_by(prompt.request.size)}, resized to "
-        f"{_by(video.resized)}",
+        "video    {} sampled frames of {}x{}, resized to {}x{}".format(
+            video.frames, *request.size, *video.resized
+        ),
         f"         {len(spans.steps)} steps of {each} frame{'s' if each > 1 else ''}, "
-        f"{step} tokens a step, {frame:.4g} a frame",
+        f"{' to '.join(map(str, sorted({*prompt.step_tokens})))} tokens a step, "
+        f"{prompt.frame_tokens:.4g} a frame",
         f"prompt   {prompt.length} tokens: {spans.start} before the video, "
         f"{spans.end - spans.start} in it, {prompt.length - spans.end} after it",
-        f"assumed  {'; '.join(prompt.assumptions())}",
+        f"assumed  system prompt {prompt.prompt_tokens} tokens, question "
+        f"{request.question_tokens}; chat template {before} tokens before and {after} after the "
+        f"video{file}",
         f"flags    {prompt.server_flags()}",
         "",
         *_table(prompt),
@@ -266,13 +205,8 @@ def as_text(prompt: Prompt) -> str:
     return "\n".join(lines + [f"note: {note}" for note in _notes(prompt)])
 
 
-def _by(size: tuple[int, int]) -> str:
-    width, height = size
-    return f"{width}x{height}"
-
-
 def _table(prompt: Prompt) -> Iterator[str]:
-    first, last = _SHOWN_BLOCKS
+    first, last = 3, 2  # of many blocks, these are printed
     hidden = len(prompt.layout.blocks) - first - last
     yield f"{'part':<10}{'tokens':<20}{'count':>8}  sampled frames"
     for i, (name, (start, end)) in enumerate(prompt.parts):  # row 0 is the sink

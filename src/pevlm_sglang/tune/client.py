@@ -1,10 +1,7 @@
 """A client of a running SGLang server with PEVLM: ask, time, and see what the server computed.
 
-    client = Client("http://localhost:30000")
-    answer = client.ask(Path("drive.mp4"), "What happens?", setting={"sink_frames": 2})
-    answer.text, answer.ttft
+    answer = Client("http://localhost:30000").ask(Path("drive.mp4"), "What happens?")
 
-``measure`` is ``ask`` on empty caches, with what the request added to the server's counters.
 Nothing of SGLang is imported: the server may run on another machine.
 """
 
@@ -25,16 +22,14 @@ import httpx
 import openai
 
 from pevlm_sglang.layout import full_pairs
+from pevlm_sglang.tune.questions import is_url
 
 SERVER_INFO_KEY = "pevlm"
 """Of PEVLM's configuration in ``/server_info``, and of its totals in each internal state there."""
 
-_CHAT = "/v1/chat/completions"
-_CONNECT_TIMEOUT = 10.0  # seconds
-_FLUSH_TIMEOUT = 30  # seconds that the server waits for its running requests
 _SHOWN = 500  # characters of a server's message
-_LONGER = "a longer timeout helps if it only works slowly"
 _WITHOUT_PEVLM = "the server runs without PEVLM; start it with --attention-backend pevlm"
+_COUNTS = ("pairs_computed", "pairs_saved", "vision_runs")
 
 
 class ServerError(ValueError):
@@ -43,13 +38,8 @@ class ServerError(ValueError):
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer.
-
-    Attributes:
-        text: its bytes as UTF-8; what is no UTF-8 by itself as surrogate escapes.
-        logprob: of this token.
-        top: the likeliest tokens at its place → log-prob; empty where none were asked for.
-    """
+    """A token of an answer: its bytes as UTF-8 (what is none by itself as surrogate escapes), its
+    log-prob, and those of the likeliest tokens at its place, if they were asked for."""
 
     text: str
     logprob: float
@@ -61,7 +51,6 @@ class Answer:
     """One answered request.
 
     Attributes:
-        text: of the answer.
         ttft: seconds from sending the request to its first streamed token.
         prompt_tokens: of the expanded prompt.
         tokens: of the answer, up to the first that SGLang did not stream: one that ends no
@@ -103,15 +92,14 @@ class Work:
 
     def since(self, before: Work) -> Work:
         return Work(
-            self.pairs_computed - before.pairs_computed,
-            self.pairs_saved - before.pairs_saved,
-            self.vision_runs - before.vision_runs,
-            dict(Counter(self.dense_tokens) - Counter(before.dense_tokens)),
+            **{name: getattr(self, name) - getattr(before, name) for name in _COUNTS},
+            dense_tokens=dict(Counter(self.dense_tokens) - Counter(before.dense_tokens)),
         )
 
 
 class Client:
-    """Requests to one server, without the environment's proxies and without second tries.
+    """Requests to one server, without the environment's proxies and without second tries. Every
+    method raises ServerError where the server is not reachable or refuses.
 
     Args:
         url: of the server, such as ``http://localhost:30000``.
@@ -122,8 +110,6 @@ class Client:
 
     Attributes:
         api: the OpenAI client of the same server, for requests of other forms.
-
-    Every method raises ServerError where the server is not reachable or refuses.
     """
 
     def __init__(
@@ -137,15 +123,15 @@ class Client:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.embed_videos = embed_videos
+        # Called before sending: a large video's JSON is not made under the clock.
+        hooks = {"request": [lambda sent: sent.extensions.update(start=time.perf_counter())]}
         try:
             self.api = openai.OpenAI(
                 base_url=f"{self.url}/v1",
                 api_key=api_key or "",  # None would be the environment's
                 max_retries=0,
-                timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT),
-                http_client=openai.DefaultHttpxClient(
-                    trust_env=False, event_hooks={"request": [_note_start]}
-                ),
+                timeout=httpx.Timeout(timeout, connect=10.0),
+                http_client=openai.DefaultHttpxClient(trust_env=False, event_hooks=hooks),
             )
         except httpx.InvalidURL as error:
             raise ServerError(f"{url}: expected a server's URL, got {error}") from None
@@ -164,9 +150,7 @@ class Client:
 
         Args:
             video: a local file, or an ``http:``, ``https:``, ``file:`` or ``data:`` URL.
-            question: follows the video in the prompt.
             setting: PEVLM's options for this request; None leaves the server's own.
-            max_tokens: of the answer.
             top_logprobs: log-probs of this many likeliest tokens at every place, 0 of the answer's
                 alone; None asks for no log-probs.
             sampling: of this video's frames, such as ``max_frames``.
@@ -182,7 +166,7 @@ class Client:
             options |= {"logprobs": True, "top_logprobs": top_logprobs}
         messages = about({"url": self._video_url(video), **(sampling or {})}, question)
         with (
-            self._errors(_CHAT),
+            self._errors("/v1/chat/completions"),
             self.api.chat.completions.create(
                 model="default",
                 messages=messages,
@@ -196,33 +180,30 @@ class Client:
             return self._read(stream)
 
     def measure(self, video: Path | str, question: str, **options: Any) -> tuple[Answer, Work]:
-        """``ask`` on empty caches.
-
-        ``/flush_cache`` leaves SGLang's cache of video embeddings alone: see ``Work.vision_runs``.
-        On a server with other traffic, ``Work`` has its work too: see ``Work.is_whole_prompt``.
-        """
+        """``ask`` on empty caches. On a server with other traffic, ``Work`` has its work too: see
+        ``Work.is_whole_prompt``."""
         self.flush()
         before = self.counters()
         answer = self.ask(video, question, **options)
         return answer, self.counters().since(before)
 
     def flush(self) -> None:
-        """Empty the prefix cache, once running requests have ended."""
-        path = f"/flush_cache?timeout={_FLUSH_TIMEOUT}"
+        """Empty the caches of prefixes and, with PEVLM, of video embeddings, for which running
+        requests may take 30 s to end."""
+        path = "/flush_cache?timeout=30"
         with self._errors(path):
             self.api.post(self.url + path, cast_to=httpx.Response)
 
     def info(self) -> dict[str, Any]:
         """``/server_info``."""
-        with self._errors("/server_info"):
-            response = self.api.get(f"{self.url}/server_info", cast_to=httpx.Response)
+        path = "/server_info"
+        with self._errors(path):
+            response = self.api.get(self.url + path, cast_to=httpx.Response)
         try:
-            found = response.json()
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ServerError(f"{self.url}/server_info: expected a JSON object; is it SGLang?")
-        return found
+            return {**response.json()}
+        except (ValueError, TypeError):
+            what = "expected a JSON object; is it SGLang?"
+            raise ServerError(f"{self.url}{path}: {what}") from None
 
     def config(self) -> dict[str, Any]:
         """PEVLM's configuration on the server, with ``frames_per_step`` and ``base_backend``."""
@@ -238,14 +219,12 @@ class Client:
         if not totals or len(totals) < len(states):
             raise ServerError(f"{self.url}: {_WITHOUT_PEVLM}")
         return Work(
-            pairs_computed=sum(total["pairs_computed"] for total in totals),
-            pairs_saved=sum(total["pairs_saved"] for total in totals),
-            vision_runs=sum(total["vision_runs"] for total in totals),
+            **{name: sum(total[name] for total in totals) for name in _COUNTS},
             dense_tokens=sum((Counter(total["dense_tokens"]) for total in totals), Counter()),
         )
 
     def _video_url(self, video: Path | str) -> str:
-        if isinstance(video, str) and ("://" in video or video.startswith("data:")):
+        if isinstance(video, str) and is_url(video):
             return video
         path = Path(video).absolute()
         if not path.is_file():
@@ -290,10 +269,11 @@ class Client:
         except (openai.APIConnectionError, httpx.TransportError) as error:
             # Within a stream, httpx's own errors come through.
             cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
-            what = f"{type(cause).__name__}: {str(cause)[:_SHOWN]}"
-            what = f"expected an answer of a running SGLang server, got {what}"
+            what = "expected an answer of a running SGLang server, got "
+            what += f"{type(cause).__name__}: {str(cause)[:_SHOWN]}"
             if isinstance(cause, httpx.ReadTimeout):
-                what = f"the server was silent for {self.timeout:g} s; {_LONGER}"
+                what = f"the server was silent for {self.timeout:g} s; a longer timeout helps if it"
+                what += " only works slowly"
         except openai.APIError as error:  # an event of a stream
             what = _message(error.body)
         else:
@@ -302,49 +282,34 @@ class Client:
 
 
 def about(video: Mapping[str, Any], text: str) -> list[Any]:
-    """The messages of a question about one video; ``openai`` has no type for ``video_url``.
-
-    Args:
-        video: ``url``, and what the request wishes of the sampling (``fps``, ``max_frames``).
-    """
+    """The messages of a question about one video, of which ``video`` has the ``url`` and what the
+    request wishes of the sampling; ``openai`` has no type for ``video_url``."""
     content = [{"type": "video_url", "video_url": video}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
 
-def _note_start(request: httpx.Request) -> None:
-    """Called before sending: a large video's JSON is not made under the clock."""
-    request.extensions["start"] = time.perf_counter()
-
-
 def _token(found: Any) -> Token:
-    top: dict[str, float] = {}
-    for other in found.top_logprobs or []:
-        top.setdefault(_text(other), other.logprob)  # the likeliest comes first
-    return Token(_text(found), found.logprob, top)
+    def text(token: Any) -> str:  # from the bytes: that of half a character is one for all of them
+        if token.bytes is None:
+            return str(token.token)
+        return bytes(token.bytes).decode("utf-8", errors="surrogateescape")
+
+    likeliest_last = reversed(found.top_logprobs or [])
+    return Token(text(found), found.logprob, {text(one): one.logprob for one in likeliest_last})
 
 
 def _spelling(text: str, tokens: Iterable[Token]) -> tuple[Token, ...]:
-    """The tokens that spell the beginning of a text.
-
-    SGLang streams log-probs with text. Those of a token without any, such as half a character, are
-    lost, or come with what follows; from there on, a token's place is not known.
-    """
-    left = text.encode(errors="surrogatepass")
-    spelt = []
+    """The tokens that spell the beginning of a text. SGLang streams log-probs with text: those of a
+    token without any, such as half a character, are lost, or come with what follows; from there on,
+    a token's place is not known."""
+    whole, place, spelt = text.encode(errors="surrogatepass"), 0, []
     for token in tokens:
         piece = token.text.encode(errors="surrogateescape")
-        if not piece or not left.startswith(piece):
+        if not piece or not whole.startswith(piece, place):
             break
         spelt.append(token)
-        left = left.removeprefix(piece)
+        place += len(piece)
     return tuple(spelt)
-
-
-def _text(token: Any) -> str:
-    """From the bytes: the text of half a character is the same for all of them."""
-    if token.bytes is None:
-        return str(token.token)
-    return bytes(token.bytes).decode("utf-8", errors="surrogateescape")
 
 
 def _message(answer: Any) -> str:

@@ -17,14 +17,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a video.
-
-    Attributes:
-        video: a local file, or a URL.
-        text: asked after the video.
-        answer: the right one; None in an unlabelled set.
-        key: digest of what is asked: the video's name, the size of its file, and the text.
-    """
+    """A question about a video: a local file, or a URL; ``answer`` is None in an unlabelled set.
+    ``key`` is a digest of what is asked: the video's name, the size of its file, and the text."""
 
     video: Path | str
     text: str
@@ -44,46 +38,46 @@ def load(path: Path) -> list[Question]:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected UTF-8 text") from None
-    questions: dict[str, Question] = {}
+    questions: list[Question] = []
     places: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        question = _parse(where, line, path.parent)
-        if question.key in questions:
-            raise ValueError(
-                f"{where}: expected a new question, got that of line {places[question.key]} again"
-            )
-        first = next(iter(questions.values()), question)
-        if (question.answer is None) != (first.answer is None):
+        questions.append(question := _parse(where, line, path.parent))
+        if (place := places.setdefault(question.key, number)) != number:
+            raise ValueError(f"{where}: expected a new question, got that of line {place} again")
+        if (question.answer is None) != (questions[0].answer is None):
             raise ValueError(
                 f"{where}: expected 'answer' in all lines or in none, got a line "
                 f"{'without' if question.answer is None else 'with'} one"
             )
-        questions[question.key], places[question.key] = question, number
     if not questions:
         raise ValueError(f"{path}: expected one question or more, got none")
-    return [*questions.values()]
+    return questions
+
+
+def is_url(video: str) -> bool:
+    return "://" in video or video.startswith("data:")
 
 
 def _parse(where: str, line: str, directory: Path) -> Question:
     try:
-        content = json.loads(line)
+        content, why = json.loads(line), ""
     except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}: {error}") from None
+        content, why = None, f": {error}"
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}")
-    video, text = (_text(where, content, name) for name in ("video", "question"))
+        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}{why}")
+    name, text = _text(where, content, "video"), _text(where, content, "question")
     answer = _text(where, content, "answer") if content.get("answer") is not None else None
-    digest = hashlib.sha256(json.dumps([video, text]).encode())
-    if "://" in video or video.startswith("data:"):
-        return Question(video, text, answer, digest.hexdigest()[:16])
-    file = directory / video
-    if not file.is_file():
-        raise ValueError(f"{where}: expected a video file or a URL, got {file}, which is none")
-    digest.update(str(file.stat().st_size).encode())
-    return Question(file, text, answer, digest.hexdigest()[:16])
+    digest = hashlib.sha256(json.dumps([name, text]).encode())
+    video: Path | str = name
+    if not is_url(name):
+        video = directory / name
+        if not video.is_file():
+            raise ValueError(f"{where}: expected a video file or a URL, got {video}, which is none")
+        digest.update(str(video.stat().st_size).encode())
+    return Question(video, text, answer, digest.hexdigest()[:16])
 
 
 def _text(where: str, content: dict[str, Any], name: str) -> str:

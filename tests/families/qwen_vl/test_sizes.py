@@ -236,8 +236,8 @@ def test_prompt_is_that_of_the_processor(
     text = f"{PROMPTS[system]}<|im_start|>user\n{PADS}{question}<|im_end|>\n<|im_start|>assistant\n"
     output = start(name, video=settings)(text, [str(clip(frames, size, fps))])
     tokens = qwen_tokens(models[name].processor.tokenizer.decode(output.input_ids))
-    prompt = Prompt.build(
-        ShownModel.published(name),
+    prompt = Prompt(
+        ShownModel(name, PUBLISHED[name]),
         PevlmConfig(),
         Request(
             size=size,

@@ -15,6 +15,7 @@ from support.video import write_video
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen2_vl"])
 def test_features(tmp_path: Path, architecture: str) -> None:
     """Windows and full attention in turn, with windows that the frames do not fill."""
