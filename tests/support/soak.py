@@ -13,18 +13,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import requests
 
 from support.exchange import TOKEN_IDS, TOLERANCE, Answer, Exchange, Question, read_answer
 from support.server import Server
+from support.soak_tools import Gate, Memory
 
 CLIENTS = 24
 NEAR_TIE = 1e-3  # a greedy token that leads by less may change with the order of additions
@@ -152,14 +150,14 @@ class Soak:
         self._seconds, self._most_requests, self._seed = seconds, most_requests, seed
         self._most_failures = most_failures
         self._lock = threading.Lock()
-        self._gate = _Gate()
+        self._gate = Gate()
         self._over = threading.Event()
         self._report = Report()
 
     def run(self) -> Report:
         """Ends by itself: when the time is up, plus what the last answers take."""
         began = time.monotonic()
-        memory = _Memory(self._pid)
+        memory = Memory(self._pid)
         threads = [
             threading.Thread(target=self._client, args=(number,), daemon=True)
             for number in range(CLIENTS)
@@ -369,65 +367,6 @@ class Soak:
             self._report.failures.append(what)
             if len(self._report.failures) >= self._most_failures:
                 self._over.set()
-
-
-class _Gate:
-    """Open for all clients; closed, nobody is inside."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._is_closed = False
-
-    @contextmanager
-    def through(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_closed)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        with self._changed:
-            self._is_closed = True
-            self._changed.wait_for(lambda: not self._inside)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._is_closed = False
-                self._changed.notify_all()
-
-
-class _Memory:
-    """Resident memory of a server's processes over time."""
-
-    def __init__(self, launcher: int) -> None:
-        process = psutil.Process(launcher)
-        self._processes = {"launcher": process} | {
-            child.name(): child for child in process.children(recursive=True)
-        }
-        self._sizes: dict[str, list[int]] = {name: [] for name in self._processes}
-
-    def sample(self) -> None:
-        for name, process in self._processes.items():
-            try:
-                self._sizes[name].append(process.memory_info().rss)
-            except psutil.NoSuchProcess:  # which the clients find out
-                self._sizes[name].append(0)
-
-    def quarters(self) -> dict[str, list[float]]:
-        found = {}
-        for name, sizes in self._sizes.items():
-            cuts = [len(sizes) * quarter // 4 for quarter in range(5)]
-            parts = [sizes[start:end] for start, end in pairwise(cuts)]
-            found[name] = [sum(part) / max(len(part), 1) for part in parts]
-        return found
 
 
 def check(report: Report, *, answers: int) -> None:
