@@ -8,6 +8,7 @@ scheduler, which all requests share, does not survive some of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -74,7 +75,7 @@ def _check_fields(name: str, values: Any, struct: type) -> None:
     """Types by SGLang's own declaration of them; None stands for a default."""
     if not isinstance(values, Mapping):
         raise _error(name, "a mapping", values)
-    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    known = _types(struct)
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{name}: expected no {str(key)[:50]!r}; SGLang does not know it")
@@ -84,6 +85,11 @@ def _check_fields(name: str, values: Any, struct: type) -> None:
             msgspec.convert(value, known[key])
         except msgspec.ValidationError as error:
             raise ValueError(f"{name}: {key}: {error}") from None
+
+
+@cache
+def _types(struct: type) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def _error(name: str, expected: str, got: Any) -> ValueError:
