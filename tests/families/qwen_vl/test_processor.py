@@ -361,20 +361,24 @@ offer_max_pixels()
 offer_max_pixels()
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.jinja_template_utils import process_content_for_template_format
-url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000, "max_frame": 3}
+url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000}
 body = {"model": "m", "messages": [
     {"role": "user", "content": [{"type": "video_url", "video_url": url}]}]}
 message = ChatCompletionRequest.model_validate(body).messages[0].model_dump()
 videos = []
 process_content_for_template_format(message, "openai", [], videos, [], [])
 print(json.dumps(videos[0].preprocess_kwargs))
-body["messages"][0]["content"][0]["video_url"]["max_pixels"] = "many"
-try:
-    ChatCompletionRequest.model_validate(body)
-except ValueError as error:
-    assert "max_pixels" in str(error)
-else:
-    raise AssertionError("a bad value passed")
+part = body["messages"][0]["content"][0]
+for place, name in ((url, "max_pixels"), (url, "max_frame"), (part, "fps")):
+    before, place[name] = dict(place), "many"
+    try:
+        ChatCompletionRequest.model_validate(body)
+    except ValueError as error:
+        assert name in str(error)
+    else:
+        raise AssertionError(f"{name} passed")
+    place.clear()
+    place.update(before)
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     kwargs = json.loads(out.stdout.splitlines()[-1])
