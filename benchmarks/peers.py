@@ -5,8 +5,8 @@ Each is a function of (q, k, v, prompt) that returns ``[length, num_q_heads, hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -60,10 +60,17 @@ def releases(device: torch.device) -> list[int]:
     return [library.version for library in known]
 
 
-def release_of(name: str) -> AbstractContextManager[None]:
-    """What a peer named after a release of FlashAttention has to run in."""
-    number = name.rpartition(" ")[2]
-    return flash.only(int(number)) if number.isdigit() else nullcontext()
+@contextmanager
+def release_of(name: str) -> Iterator[None]:
+    """What a peer named after a release of FlashAttention has to run in: with no other one. Not for
+    several threads."""
+    number, known = name.rpartition(" ")[2], flash.LIBRARIES
+    if number.isdigit():
+        flash.LIBRARIES = tuple(library for library in known if library.version == int(number))
+    try:
+        yield
+    finally:
+        flash.LIBRARIES = known
 
 
 def missing(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:

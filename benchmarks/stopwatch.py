@@ -86,7 +86,7 @@ def register() -> None:
     global _forward, _attention, _vision
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pevlm_sglang.observe.timing import DeviceTimer
+    from pevlm_sglang.observe.observer import DeviceTimer
 
     _forward, _attention, _vision = DeviceTimer(), DeviceTimer(), DeviceTimer()
     for target, hook in {

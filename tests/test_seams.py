@@ -78,7 +78,7 @@ def test_warning_about_an_untested_release(version: str, warned: bool) -> None:
 def test_hooks_fit_this_sglang(target: str) -> None:
     pytest.importorskip("sglang")
     hook = plugin._HOOKS[target]
-    exact = not seams.passes_on(getattr(plugin, hook.name))
+    exact = not seams.passes_on(hook.function)
     assert seams.problem(target, hook.parameters, exact=exact) is None
 
 

@@ -31,6 +31,8 @@ ON_GPU = ("flash", "triton")
 PREFERENCE = (*ON_GPU, "sdpa", "reference")
 """``auto`` takes the first that takes the tensors."""
 
+_NO_TRITON = "triton is not installed: pip install triton"
+
 
 @cache
 def module_of(impl: str) -> Any:
@@ -39,8 +41,8 @@ def module_of(impl: str) -> Any:
 
 def refusal(impl: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
     """Why an implementation cannot take these tensors here; None if it can."""
-    if missing := missing_library(impl):
-        return missing
+    if impl == "triton" and not is_installed("triton"):
+        return _NO_TRITON
     reason: str | None = module_of(impl).refusal(q, k_cache, v_cache)
     return reason
 
@@ -53,7 +55,7 @@ def require(impl: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Te
         ModuleNotFoundError: its library is missing; says how to install it.
     """
     if reason := refusal(impl, q, k_cache, v_cache):
-        error = ModuleNotFoundError if reason == missing_library(impl) else ValueError
+        error = ModuleNotFoundError if reason == _NO_TRITON else ValueError
         raise error(f"impl {impl!r}: {reason}")
 
 
@@ -68,13 +70,6 @@ def chosen_implementation(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
             return impl
         refusals.append(f"{impl}: {reason}")
     raise AssertionError("reference takes everything")
-
-
-def missing_library(impl: str) -> str | None:
-    """What to install before this implementation can run; None if nothing."""
-    if impl == "triton" and not is_installed("triton"):
-        return "triton is not installed: pip install triton"
-    return None
 
 
 @cache

@@ -16,8 +16,6 @@ The library is the newest that knows the GPU's generation; the only importer of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ import torch
 
 from pevlm_kernels.choice import is_installed
 from pevlm_kernels.flash_calls import Call, calls_of, room_for
-from pevlm_kernels.merge import merge_states
+from pevlm_kernels.sdpa import merge_states
 from pevlm_kernels.types import PrefillPlan
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -54,7 +52,7 @@ class Library(NamedTuple):
 # Best first. FlashAttention-3 is Hopper's; 4 is Blackwell's, and runs from Ampere on; 2 runs
 # everywhere and is tuned for Ampere. Pages may have any size on FlashAttention-3, and on 4 on
 # data-centre Blackwell (it has none on Ampere and sm_120); 2 wants a multiple of 256.
-LIBRARIES = (
+LIBRARIES: tuple[Library, ...] = (
     Library(
         3, "sgl_kernel.flash_attn", "pip install sglang-kernel", (9,), (9,), "return_softmax_lse"
     ),
@@ -80,23 +78,9 @@ def libraries_for(capability: tuple[int, int]) -> list[Library]:
 
 
 def library_for(capability: tuple[int, int]) -> Library | None:
-    """The best that is installed; within :func:`only`, that one or none."""
-    known = [library for library in libraries_for(capability) if _only in (None, library.version)]
+    """The best that is installed."""
+    known = libraries_for(capability)
     return next((library for library in known if is_installed(library.module)), None)
-
-
-_only: int | None = None
-
-
-@contextmanager
-def only(version: int) -> Iterator[None]:
-    """Take this release and no other, to measure it beside the others. Not for several threads."""
-    global _only
-    before, _only = _only, version
-    try:
-        yield
-    finally:
-        _only = before
 
 
 def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:

@@ -1,8 +1,7 @@
 """A plan as calls of FlashAttention's varlen function, in bounded room.
 
 What is gathered is cut into calls of so many keys and queries as fit; a virtual sequence with more
-keys than that into runs of keys, whose results are merged. Full ones are read where they lie,
-through a table of pages of one token, where the library can.
+keys than that into runs of keys, whose results are merged.
 """
 
 from __future__ import annotations
@@ -116,27 +115,25 @@ def calls_of(plan: PrefillPlan, room: Room) -> list[Call]:
         if not groups or not _joins(groups[-1], span, room):
             groups.append([])
         groups[-1].append(span)
-    lists = []
-    for group in groups:
-        lengths = [span.m for span in group]
-        queries = accumulate((span.n for span in group), initial=0)
-        lists += [list(queries), list(accumulate(lengths, initial=0)), lengths]
+    lengths = [[getattr(span, of) for span in group] for group in groups for of in ("n", "m")]
+    lists = [list(accumulate(numbers, initial=0)) for numbers in lengths]
     uploaded = upload_lists(lists, plan.kv_indices.device)
     calls = []
     for i, group in enumerate(groups):
         first, last = group[0], group[-1]
-        cu_seqlens_q, cu_seqlens_k, seqlens_k = uploaded[3 * i : 3 * i + 3]
-        slots = plan.kv_indices[first.key : last.key + last.m]
+        (cu_seqlens_q, cu_seqlens_k), (n, m) = uploaded[2 * i :][:2], lengths[2 * i :][:2]
+        rows, slots = slice(first.row, last.row + last.n), slice(first.key, last.key + last.m)
+        table = token_table(plan.kv_indices[slots], cu_seqlens_k, m) if first.paged else None
         calls.append(
             Call(
-                slice(first.row, last.row + last.n),
-                slots,
-                token_table(slots, cu_seqlens_k, lists[3 * i + 2]) if first.paged else None,
+                rows,
+                plan.kv_indices[slots],
+                table,
                 cu_seqlens_q,
                 cu_seqlens_k,
-                seqlens_k,
-                max(span.n for span in group),
-                max(span.m for span in group),
+                cu_seqlens_k.diff(),
+                max(n),
+                max(m),
                 first.causal,
             )
         )

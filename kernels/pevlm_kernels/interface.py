@@ -50,19 +50,14 @@ def pevlm_prefill(
     if impl not in (*IMPLEMENTATIONS, "auto"):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"impl: expected one of {known}, got {impl!r}")
-    _check(q, k_cache, v_cache, plan)  # before a refusal reads their shapes
+    tensors = (q, k_cache, v_cache)
+    _check(*tensors, plan)  # before a refusal reads their shapes
     if impl == "auto":
-        impl = chosen_implementation(q, k_cache, v_cache)
+        impl = chosen_implementation(*tensors)
     else:
-        require(impl, q, k_cache, v_cache)
+        require(impl, *tensors)
     out, lse = bound(impl)(
-        q,
-        k_cache,
-        v_cache,
-        plan,
-        softmax_scale=softmax_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        *tensors, plan, softmax_scale=softmax_scale, k_scale=k_scale, v_scale=v_scale
     )
     return (out, lse) if return_lse else out
 

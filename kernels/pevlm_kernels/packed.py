@@ -51,16 +51,13 @@ def pevlm_attention(
                 f"{name}: expected [length, heads, head_dim] of one length, got "
                 f"{tuple(tensor.shape)} beside q {tuple(q.shape)}"
             )
-    plan = packed_plan(q.shape[0], sink_end, tuple(map(_pair, blocks)), q.device)
+    if wrong := [block for block in blocks if len(block) != 2]:
+        raise ValueError(f"blocks: expected (start, end), got {wrong[0]!r}")
+    pairs = tuple((int(start), int(end)) for start, end in blocks)
+    plan = packed_plan(q.shape[0], sink_end, pairs, q.device)
     return pevlm_prefill(
         q, k, v, plan, softmax_scale=softmax_scale, impl=impl, return_lse=return_lse
     )
-
-
-def _pair(block: Sequence[int]) -> Block:
-    if len(block) != 2:
-        raise ValueError(f"blocks: expected (start, end), got {block!r}")
-    return int(block[0]), int(block[1])
 
 
 @lru_cache(maxsize=8)
@@ -78,18 +75,17 @@ def packed_plan(
     pieces = _pieces(length, sink_end, blocks)
     seqlens_q = tuple(end - start for start, end, _ in pieces)
     seqlens_k = tuple(prefix + end - start for start, end, prefix in pieces)
-    positions = torch.arange(length)
     slots = [
-        part for start, end, prefix in pieces for part in (positions[:prefix], positions[start:end])
+        torch.arange(*part) for start, end, prefix in pieces for part in ((0, prefix), (start, end))
     ]
-    indices = torch.cat([torch.empty(0, dtype=torch.int64), *slots])
+    indices = torch.cat([torch.arange(0), *slots])
     cu_seqlens_q, cu_seqlens_k = upload_lists(
         [list(accumulate(lengths, initial=0)) for lengths in (seqlens_q, seqlens_k)], device
     )
     return PrefillPlan(
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_indices=upload(indices, device),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        upload(indices, device),
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
         full=tuple(prefix == start for start, _, prefix in pieces),
@@ -111,12 +107,7 @@ def _pieces(length: int, sink_end: int, blocks: tuple[Block, ...]) -> list[tuple
             )
         pieces.append((start, end, sink_end))
         at = end
-    if pieces:  # the first block sees everything before it, as the sink does
-        pieces[0] = (0, pieces[0][1], 0)
-    if at < length:
-        if len(pieces) == 1:
-            pieces.pop()
-        pieces.append((at, length, at) if pieces else (0, length, 0))
-    elif not pieces and length:
-        pieces.append((0, length, 0))
-    return pieces
+    if len(pieces) < 2:
+        return [(0, length, 0)] if length else []
+    pieces[0] = (0, pieces[0][1], 0)  # the first block sees everything before it, as the sink does
+    return [*pieces, (at, length, at)] if at < length else pieces

@@ -8,10 +8,14 @@ queries against themselves, causal and square. No score is computed in vain.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from pevlm_kernels.merge import merge_states
-from pevlm_kernels.types import PrefillPlan
+from pevlm_kernels.reference import each_sequence
+
+MERGED_BYTES = 128 * 2**20
+"""Room for the wider products of :func:`merge_states`: so many rows are merged at a time."""
 
 
 def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
@@ -25,42 +29,19 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
     return None
 
 
-def prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    plan: PrefillPlan,
-    *,
-    softmax_scale: float,
-    v_scale: float,
+def sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, v_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pevlm_kernels.interface.pevlm_prefill`."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
-    q_start = k_start = 0
-    for n, m in zip(plan.seqlens_q, plan.seqlens_k, strict=True):
-        rows = slice(q_start, q_start + n)
-        slots = plan.kv_indices[k_start : k_start + m]
-        values, lse[:, rows] = _virtual_sequence(
-            q[rows], k_cache[slots].to(q.dtype), v_cache[slots].to(q.dtype), softmax_scale
-        )
-        out[rows] = values if v_scale == 1 else values * v_scale
-        q_start, k_start = q_start + n, k_start + m
-    return out, lse
+    """One virtual sequence in two calls."""
+    k, v, before = k.to(q.dtype), v.to(q.dtype), len(k) - len(q)
+    own = fused_attention(q, k[before:], v[before:], causal=True, softmax_scale=softmax_scale)
+    if before:
+        k, v = k[:before], v[:before]
+        merge_states(*own, *fused_attention(q, k, v, causal=False, softmax_scale=softmax_scale))
+    return own if v_scale == 1 else (own[0] * v_scale, own[1])
 
 
-def _virtual_sequence(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[n, num_q_heads, head_dim]`` queries against ``[m, num_kv_heads, head_dim]`` keys."""
-    prefix = k.shape[0] - q.shape[0]
-    own = fused_attention(q, k[prefix:], v[prefix:], causal=True, softmax_scale=softmax_scale)
-    if not prefix:
-        return own
-    past = fused_attention(q, k[:prefix], v[:prefix], causal=False, softmax_scale=softmax_scale)
-    merge_states(*own, *past)
-    return own
+prefill = partial(each_sequence, sequence)
 
 
 def fused_attention(
@@ -95,3 +76,28 @@ def fused_attention(
         )
         lse = lse[..., : q.shape[0]]
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+def merge_states(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """Weigh two outputs by the softmax denominators behind them, into the first.
+
+    Args:
+        out, other: ``[n, num_q_heads, head_dim]``; ``out`` becomes the output over all keys.
+        lse, other_lse: ``[num_q_heads, n]``, natural log-sum-exp of the scaled scores; ``lse``
+            becomes that over all keys.
+
+    Source: the reduction of Flash-Decoding; FlashInfer calls it merging states.
+    """
+    merged = torch.logaddexp(lse, other_lse)
+    at_once = max(1, MERGED_BYTES // max(1, 2 * lse.element_size() * out[:1].numel()))
+    for start in range(0, len(out), at_once):
+        rows = slice(start, start + at_once)
+        weight, other_weight = (
+            (part[:, rows] - merged[:, rows]).exp().T.unsqueeze(-1) for part in (lse, other_lse)
+        )
+        total = out[rows] * weight
+        total += other[rows] * other_weight
+        out[rows] = total
+    lse.copy_(merged)

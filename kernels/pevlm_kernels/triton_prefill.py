@@ -121,7 +121,9 @@ def prefill(
     head_dim_v = v_cache.shape[2]
     out = torch.empty(total_q, num_q_heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_q_heads, total_q, dtype=torch.float32, device=q.device)
-    q, k_cache, v_cache = (_with_unit_stride(part) for part in (q, k_cache, v_cache))
+    q, k_cache, v_cache = (
+        part if part.stride(2) == 1 else part.contiguous() for part in (q, k_cache, v_cache)
+    )
     sizes = tiling(max(head_dim, head_dim_v), q.dtype, q.device)
     tiles = plan.tiles(sizes.block_m)
     # Heads are the faster axis: programs that run at the same time share keys in the L2 cache.
@@ -170,7 +172,7 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
             return f"expected a GPU of sm_80 or newer, got {capability}"
         if k_cache.dtype == torch.float8_e4m3fn and capability < (8, 9):
             return "expected float8_e5m2 or a wider cache on a GPU before sm_89, got float8_e4m3fn"
-    elif not _interpreted():
+    elif isinstance(attend, triton.runtime.jit.JITFunction):  # and not interpreted
         return (
             "expected tensors on a CUDA GPU, or TRITON_INTERPRET=1 from before triton was "
             f"imported, got {q.device}"
@@ -183,11 +185,3 @@ def refusal(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> st
         if not 16 <= cache.shape[2] <= 256:
             return f"expected heads of 16 to 256, got {name} of {cache.shape[2]}"
     return None
-
-
-def _interpreted() -> bool:
-    return not isinstance(attend, triton.runtime.jit.JITFunction)
-
-
-def _with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()

@@ -40,18 +40,18 @@ class PrefillPlan:
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, others in (("seqlens_k", self.seqlens_k), ("full", self.full)):
-            if len(others) != len(self.seqlens_q):
+        num_seqs = self.num_seqs
+        for name in ("seqlens_k", "full"):
+            if (found := len(getattr(self, name))) != num_seqs:
                 raise ValueError(
-                    f"PrefillPlan.{name}: expected as many as seqlens_q ({len(self.seqlens_q)}), "
-                    f"got {len(others)}"
+                    f"PrefillPlan.{name}: expected as many as seqlens_q ({num_seqs}), got {found}"
                 )
-        shapes = {
-            "cu_seqlens_q": (self.cu_seqlens_q, len(self.seqlens_q) + 1, torch.int32),
-            "cu_seqlens_k": (self.cu_seqlens_k, len(self.seqlens_k) + 1, torch.int32),
-            "kv_indices": (self.kv_indices, sum(self.seqlens_k), torch.int64),
-        }
-        for name, (tensor, length, dtype) in shapes.items():
+        for name, length, dtype in (
+            ("cu_seqlens_q", num_seqs + 1, torch.int32),
+            ("cu_seqlens_k", num_seqs + 1, torch.int32),
+            ("kv_indices", sum(self.seqlens_k), torch.int64),
+        ):
+            tensor = getattr(self, name)
             if tensor.shape != (length,) or tensor.dtype != dtype:
                 raise ValueError(
                     f"PrefillPlan.{name}: expected shape ({length},) and {dtype}, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 OBEYED = (
@@ -30,11 +30,7 @@ def guard_http_server() -> None:
 
 
 class RefuseDroppedSettings:
-    """ASGI middleware: HTTP 400 for a setting that the endpoint would drop.
-
-    Args:
-        app: the next one.
-    """
+    """ASGI middleware: HTTP 400 for a setting that the endpoint, ``app``, would drop."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -47,13 +43,19 @@ class RefuseDroppedSettings:
         while messages[-1].get("more_body"):
             messages.append(await receive())
         if has_setting(b"".join(message.get("body", b"") for message in messages)):
-            await _refuse(scope["path"], send)
+            message = (
+                f"PEVLM: custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on "
+                f"{scope['path']}, which drops it; ask there, or set the server's default with "
+                "--pevlm-... flags"
+            )
+            error = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 400, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps(error).encode()})
             return
-        rest = iter(messages)
 
         async def again() -> dict[str, Any]:
-            message = next(rest, None)
-            return await receive() if message is None else message
+            return messages.pop(0) if messages else await receive()
 
         await self._app(scope, again, send)
 
@@ -66,28 +68,14 @@ def has_setting(body: bytes) -> bool:
         content = json.loads(body)
     except ValueError:  # the endpoint's to refuse
         return False
-    return any("pevlm" in params for params in _custom_params(content))
-
-
-def _custom_params(content: Any) -> Iterator[dict[str, Any]]:
     left = [content]  # no recursion: a body may be nested as deep as its sender likes
     while left:
         value = left.pop()
         if isinstance(value, dict):
             params = value.get("custom_params")
-            if isinstance(params, dict):
-                yield params
+            if isinstance(params, dict) and "pevlm" in params:
+                return True
             left += value.values()
         elif isinstance(value, list):
             left += value
-
-
-async def _refuse(path: str, send: _Send) -> None:
-    message = (
-        f"PEVLM: custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on {path}, "
-        "which drops it; ask there, or set the server's default with --pevlm-... flags"
-    )
-    error = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error).encode()})
+    return False

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pevlm_kernels import PrefillPlan, packed_plan, pevlm_prefill
+from pevlm_kernels import PrefillPlan, pevlm_prefill
 from pevlm_sglang.attention.plan import build_plan, virtual_sequences
 from pevlm_sglang.layout import FrameSpans, Layout
 
@@ -55,7 +55,11 @@ class Frames:
         """The plan of a forward of the tokens ``[prefix, length)``, kept for its other layers."""
         key = (prefix, length, device)
         if key not in self._plans:
-            self._plans = {key: _plan(self.layout, *key)}
+            # Token i of the prompt lies in row i of keys and values.
+            rows = torch.arange(length, device=device)[None]
+            sequences = virtual_sequences([self.layout], [prefix], [length - prefix])
+            request = torch.zeros(1, dtype=torch.int64, device=device)
+            self._plans = {key: build_plan(sequences, rows, request)}
         return self._plans[key]
 
 
@@ -118,7 +122,23 @@ def attention_forward(
     extend, length = query.shape[2], key.shape[2]
     decodes = extend == 1 and length > 1
     if causal:
-        frames = _checked(query, attention_mask, dropout, sliding_window, length)
+        name, frames, problem = f"attn_implementation={NAME!r}", _frames.get(), None
+        if frames is None:
+            raise RuntimeError(
+                f"{name}: expected a call inside `with pevlm_frames(videos, ...)`, with no videos "
+                "for a prompt of text"
+            )
+        if query.shape[0] != 1:
+            problem = f"a batch of 1, got {query.shape[0]}; the frames of one prompt are known"
+        elif attention_mask is not None:
+            shape = tuple(attention_mask.shape)
+            problem = f"no attention_mask but the one of all ones, got shape {shape}"
+        elif dropout:
+            problem = f"no dropout, got {dropout}"
+        elif sliding_window is not None and sliding_window < length:
+            problem = f"full attention, got a sliding window of {sliding_window} tokens"
+        if problem:
+            raise ValueError(f"{name}: expected {problem}")
     if not causal or decodes:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -134,55 +154,9 @@ def attention_forward(
             **kwargs,
         )
         return result
+    assert frames is not None  # causal
     plan = frames.plan(length - extend, length, query.device)
     frames.sparse_calls += plan.num_seqs > 1
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     out = pevlm_prefill(q, k, v, plan, softmax_scale=scaling, impl=frames.impl)
     return out[None], None
-
-
-def _checked(
-    query: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    sliding_window: int | None,
-    length: int,
-) -> Frames:
-    frames = _frames.get()
-    if frames is None:
-        raise RuntimeError(
-            f"attn_implementation={NAME!r}: expected a call inside `with pevlm_frames(videos, ...)`"
-            ", with no videos for a prompt of text"
-        )
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"attn_implementation={NAME!r}: expected a batch of 1, got {query.shape[0]}; the "
-            "frames of one prompt are known"
-        )
-    if attention_mask is not None:
-        raise ValueError(
-            f"attn_implementation={NAME!r}: expected no attention_mask but the one of all ones, "
-            f"got shape {tuple(attention_mask.shape)}"
-        )
-    if dropout:
-        raise ValueError(f"attn_implementation={NAME!r}: expected no dropout, got {dropout}")
-    if sliding_window is not None and sliding_window < length:
-        raise ValueError(
-            f"attn_implementation={NAME!r}: expected full attention, "
-            f"got a sliding window of {sliding_window} tokens"
-        )
-    return frames
-
-
-def _plan(layout: Layout, prefix: int, length: int, device: torch.device) -> PrefillPlan:
-    """Token i of the prompt lies in row i of keys and values."""
-    blocks = layout.blocks
-    sinks = {block.sink for block in blocks}
-    whole = not prefix and bool(blocks) and blocks[-1].end <= length
-    if whole and len(sinks) == 1 and all(len(block.tokens) == 1 for block in blocks):
-        # One video: sink, blocks and question lie one after the other.
-        sink_end = blocks[0].extent_start
-        return packed_plan(length, sink_end, tuple(block.tokens[0] for block in blocks), device)
-    rows = torch.arange(length, device=device)[None]
-    sequences = virtual_sequences([layout], [prefix], [length - prefix])
-    return build_plan(sequences, rows, torch.zeros(1, dtype=torch.int64, device=device))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -159,10 +159,10 @@ class Layout:
     """
 
     blocks: tuple[ContextBlock, ...] = ()
-    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_starts", tuple(b.start for b in self.blocks))
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [block.start for block in self.blocks]
 
     @classmethod
     def build(cls, videos: Sequence[FrameSpans], *, sink_frames: int, block_frames: int) -> Layout:

@@ -8,9 +8,11 @@ scheduler only when it reports PEVLM active.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SERVER_INFO_KEY = "pevlm"
 
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info"
 """Since SGLang 0.5.23; before it, PEVLM does without data parallelism."""
 
@@ -37,58 +40,33 @@ class _Hook(NamedTuple):
     """A hook on a function of SGLang.
 
     Attributes:
-        name: of the function here; its first word is the kind of the hook.
+        function: the hook; the first word of its name is its kind.
         parameters: of SGLang's function, that the hook relies on.
     """
 
-    name: str
-    parameters: tuple[str, ...] = ()
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
 
 
-_HOOKS = {
-    "sglang.srt.server_args.ServerArgs.add_cli_args": _Hook("_after_add_cli_args", ("parser",)),
-    "sglang.srt.server_args.ServerArgs.from_cli_args": _Hook("_after_from_cli_args", ("args",)),
-    "sglang.srt.server_args.ServerArgs.resolve_once": _Hook("_around_resolve_once", ("self",)),
-    "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
-    ".build_attention_backends": _Hook("_after_build_attention_backends", ("model_runner",)),
-    "sglang.srt.managers.multimodal_processor.get_mm_processor_cls": _Hook(
-        "_after_get_mm_processor_cls", ("hf_config",)
-    ),
-    "sglang.srt.utils.hf_transformers.processor.get_processor": _Hook(
-        "_around_get_processor", ("tokenizer_name", "model_name", "image_processor_backend")
-    ),
-    "sglang.srt.model_loader.utils.get_model_architecture": _Hook(
-        "_around_get_model_architecture", ("model_config",)
-    ),
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": _Hook(
-        "_before_generate_request", ("obj",)
-    ),
-    "sglang.srt.managers.schedule_batch.Req.__init__": _Hook(
-        "_after_req_init", ("sampling_params", "extra_key", "session")
-    ),
-    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": _Hook(
-        "_before_add_request_to_queue", ("req", "is_retracted")
-    ),
-    "sglang.srt.managers.scheduler.Scheduler.get_init_info": _Hook("_after_get_init_info"),
-    "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _Hook(
-        "_after_get_internal_state", ("recv_req",)
-    ),
-    "sglang.srt.managers.scheduler.Scheduler.flush_cache": _Hook("_after_state_is_outdated"),
-    **{
-        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-        f".{name}": _Hook("_after_state_is_outdated", ("recv_req",))
-        for name in (
-            *("update_weights_from_disk", "update_weights_from_distributed"),
-            *("update_weights_from_tensor", "update_weights_from_ipc"),
-            "release_memory_occupation",
-        )
-    },
-    _CONTROLLER: _Hook("_after_controller_init_info"),
-    "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": _Hook(
-        "_after_wait_for_scheduler_ready", ("scheduler_pipe_readers", "scheduler_procs")
-    ),
-}
+_HOOKS: dict[str, _Hook] = {}
 """SGLang's function → the hook here."""
+
+
+def _hook(target: str, *parameters: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a hook; where it meets what PEVLM cannot serve, the process ends."""
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except UnsupportedError as error:
+                _stop(error)
+
+        _HOOKS[target] = _Hook(hook, parameters)
+        return function
+
+    return enter
 
 
 @dataclass(frozen=True)
@@ -96,10 +74,6 @@ class _Serving:
     """PEVLM in a scheduler process, once its backend is in place.
 
     Attributes:
-        config: of the server.
-        rule: how the model's frames are found.
-        observer: what was computed so far.
-        holder: of the embeddings that prefill has begun to use.
         corrections: what is corrected in SGLang's vision path, in words.
         prefill_kernel: what computes a forward with LOCAL tokens.
         forward_tokens: of a chunk; None where prompts are not chunked.
@@ -131,7 +105,7 @@ def register() -> None:
     if seams.problem(_CONTROLLER, ()):
         _HOOKS.pop(_CONTROLLER, None)
     problems = [
-        seams.problem(target, hook.parameters, exact=not seams.passes_on(globals()[hook.name]))
+        seams.problem(target, hook.parameters, exact=not seams.passes_on(hook.function))
         for target, hook in _HOOKS.items()
     ]
     if found := [problem for problem in problems if problem]:
@@ -145,10 +119,14 @@ def register() -> None:
     from sglang.srt.server_args import add_attention_backend_choices
 
     for target, hook in _HOOKS.items():
-        kind = HookType[hook.name.split("_")[1].upper()]
-        HookRegistry.register(target, globals()[hook.name], kind)
+        kind = HookType[hook.function.__name__.split("_")[1].upper()]
+        HookRegistry.register(target, hook.function, kind)
     Engine.server_args_class = _EngineServerArgs(Engine.server_args_class)
-    register_attention_backend(flags.NAME)(_refuse_unresolved_name)
+    unresolved = (
+        "the backend's name reached SGLang's registry unresolved, so the plugin's hooks are not in "
+        "place in this process; check the log above for 'Failed to apply hooks'"
+    )
+    register_attention_backend(flags.NAME)(lambda runner: _stop(unresolved))
     add_attention_backend_choices([flags.NAME])
 
 
@@ -159,20 +137,15 @@ def _stop(reason: object) -> NoReturn:
     sys.exit(message)
 
 
-def _refuse_unresolved_name(runner: Any) -> NoReturn:
-    _stop(
-        "the backend's name reached SGLang's registry unresolved, so the plugin's hooks are not in "
-        "place in this process; check the log above for 'Failed to apply hooks'"
-    )
-
-
 # --- Server arguments ------------------------------------------------------------------------
 
 
+@_hook("sglang.srt.server_args.ServerArgs.add_cli_args", "parser")
 def _after_add_cli_args(_result: None, parser: Any) -> None:
     flags.add_flags(parser)
 
 
+@_hook("sglang.srt.server_args.ServerArgs.from_cli_args", "args")
 def _after_from_cli_args(server_args: Any, _cls: type, namespace: Any) -> None:
     if given := flags.given_flags(dict(vars(namespace))):
         server_args._pevlm_flags = given
@@ -195,6 +168,7 @@ class _EngineServerArgs:
         return server_args
 
 
+@_hook("sglang.srt.server_args.ServerArgs.resolve_once", "self")
 def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     """Swap the name for the base's before SGLang resolves, and check what came out of it."""
     resolved_before = getattr(server_args, "_resolution_finished", False)
@@ -213,22 +187,19 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
         return
     registry.read_checkpoints()
     resolve_once(server_args)
-    try:
-        video_url.offer_max_pixels()
-        if not resolved_before:
-            _check_resolved(server_args, config)
-        _install(server_args)
-    except UnsupportedError as error:
-        _stop(error)
+    video_url.offer_max_pixels()
+    if not resolved_before:
+        _check_resolved(server_args, config)
+    _Process.family = registry.family_of(server_args._pevlm_architectures)
+    if (install := _Process.family.load("install")) is not None:
+        install()
 
 
 def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     """Refuse what SGLang resolved, or log the configuration; once a server.
 
     Raises:
-        UnsupportedError: see :func:`pevlm_sglang.families.registry.span_rule`,
-            :func:`pevlm_sglang.settings.refusals.check_server_args` and
-            :func:`pevlm_sglang.families.registry.check_launch`.
+        UnsupportedError: see ``refusals`` and ``registry``.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
@@ -243,35 +214,25 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     refusals.check_server_args(resolved, config)
     registry.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     server_args._pevlm_architectures = list(hf_config.architectures)
-    family = registry.family_of(hf_config.architectures)
-    registry.offer_chat_template(family, resolved.model_path)
+    registry.offer_chat_template(registry.family_of(hf_config.architectures), resolved.model_path)
     if warning := seams.untested_version(importlib.metadata.version("sglang")):
         logger.warning("PEVLM: %s", warning)
     logger.info("PEVLM configuration: %s", config.describe())
 
 
-def _install(server_args: Any) -> None:
-    """What the model's family needs in every process.
-
-    Raises:
-        UnsupportedError: this SGLang lacks a seam.
-    """
-    _Process.family = family = registry.family_of(server_args._pevlm_architectures)
-    if (install := family.load("install")) is not None:
-        install()
-
-
+@_hook("sglang.srt.managers.multimodal_processor.get_mm_processor_cls", "hf_config")
 def _after_get_mm_processor_cls(
     processor: type | None, hf_config: Any, *args: Any, **kwargs: Any
 ) -> type | None:
     if _Process.config is None:
         return processor
-    try:
-        return registry.processor_class(processor, hf_config)
-    except UnsupportedError as error:
-        _stop(error)
+    return registry.processor_class(processor, hf_config)
 
 
+@_hook(
+    "sglang.srt.utils.hf_transformers.processor.get_processor",
+    *("tokenizer_name", "model_name", "image_processor_backend"),
+)
 def _around_get_processor(get_processor: Any, *args: Any, **kwargs: Any) -> Any:
     load = _Process.family.load("load_processor") if _Process.family is not None else None
     if load is None:
@@ -279,18 +240,17 @@ def _around_get_processor(get_processor: Any, *args: Any, **kwargs: Any) -> Any:
     return load(get_processor, *args, **kwargs)
 
 
+@_hook("sglang.srt.model_loader.utils.get_model_architecture", "model_config")
 def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> tuple[type, str]:
     if _Process.config is None:
         found: tuple[type, str] = get_model_architecture(config)
         return found
     registry.register_model(config.hf_config.architectures)
     model, name = get_model_architecture(config)
-    try:
-        return registry.model_class(model, name), name
-    except UnsupportedError as error:
-        _stop(error)
+    return registry.model_class(model, name), name
 
 
+@_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
 def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     if _Process.config is not None and hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
@@ -299,19 +259,26 @@ def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) 
 # --- The scheduler ---------------------------------------------------------------------------
 
 
+@_hook(
+    "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
+    ".build_attention_backends",
+    "model_runner",
+)
 def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     """Put PEVLM on the backend that serves prefill, or stop the server."""
     config = getattr(model_runner.server_args, "_pevlm_config", None)
     if config is None or model_runner.is_draft_worker:
         return
-    _stop_unless_hooked()
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_parallel
 
     from pevlm_sglang.attention.bases import attach
     from pevlm_sglang.attention.kernel_choice import attention_layers, requested_kernel
 
+    if missing := [target for target in _HOOKS if target not in HookRegistry._patched]:
+        _stop(f"SGLang did not apply the hooks on {', '.join(missing)}; see the log above")
     parallel = get_parallel()
     first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
     observer = Observer(
@@ -323,28 +290,24 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     resolved = resolved_view(model_runner.server_args)
     hf_config = model_runner.model_config.hf_config
     family = registry.family_of(hf_config.architectures)
-    try:
-        rule = registry.span_rule(hf_config)
-        refusals.check_model(model_runner)
-        passed_over = attach(
-            prefill_backend,
-            observer,
-            layers=attention_layers(model_runner.model),
-            dtype=model_runner.dtype,
-            kernel=requested_kernel(resolved, config),
-        )
-        holder = embeddings.EmbeddingHolder(observer)
-        architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
-        if (install := family.load("install_in_scheduler")) is not None:
-            install(architecture)
-        embeddings.install(holder)
-    except UnsupportedError as error:
-        _stop(error)
+    rule = registry.span_rule(hf_config)
+    refusals.check_model(model_runner)
+    passed_over = attach(
+        prefill_backend,
+        observer,
+        layers=attention_layers(model_runner.model),
+        dtype=model_runner.dtype,
+        kernel=requested_kernel(resolved, config),
+    )
+    holder = embeddings.EmbeddingHolder(observer)
+    architecture = next(name for name in hf_config.architectures if name in family.checkpoints)
+    if (install := family.load("install_in_scheduler")) is not None:
+        install(architecture)
+    embeddings.install(holder)
     corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
     if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
         for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
             setattr(backend, veto, getattr(prefill_backend, veto))
-    chunk = resolved.chunked_prefill_size
     _Process.serving = _Serving(
         config,
         rule,
@@ -352,7 +315,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         holder,
         corrections,
         prefill_backend.pevlm_kernel,
-        chunk if chunk is not None and chunk > 0 else None,
+        max(resolved.chunked_prefill_size or 0, 0) or None,
     )
     if first_rank:
         steps = rule.frames_per_step
@@ -372,19 +335,13 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         logger.info("PEVLM vision corrections: %s", "; ".join(corrections))
 
 
-def _stop_unless_hooked() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    missing = [target for target in _HOOKS if target not in HookRegistry._patched]
-    if missing:
-        _stop(f"SGLang did not apply the hooks on {', '.join(missing)}; see the log above")
-
-
+@_hook("sglang.srt.managers.schedule_batch.Req.__init__", "sampling_params", "extra_key", "session")
 def _after_req_init(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     if _Process.serving is not None:
         requests.on_created(req, _Process.serving.config)
 
 
+@_hook(f"{_SCHEDULER}._add_request_to_queue", "req", "is_retracted")
 def _before_add_request_to_queue(
     _scheduler: Any, req: Any, *args: Any, is_retracted: bool = False, **kwargs: Any
 ) -> None:
@@ -394,15 +351,28 @@ def _before_add_request_to_queue(
             requests.on_queued(req, serving.rule, serving.forward_tokens)
 
 
+@_hook(f"{_SCHEDULER}.flush_cache")
 def _after_state_is_outdated(_result: Any, *args: Any, **kwargs: Any) -> None:
     """SGLang flushes keys and values, and keeps the embeddings of the tower's old weights."""
     if (serving := _Process.serving) is not None:
         serving.holder.forget()
 
 
+for _name in (
+    *("update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor"),
+    *("update_weights_from_ipc", "release_memory_occupation"),
+):
+    _hook(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        f".{_name}",
+        "recv_req",
+    )(_after_state_is_outdated)
+
+
 # --- Seen from outside -----------------------------------------------------------------------
 
 
+@_hook(f"{_SCHEDULER}.get_init_info")
 def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
     if (serving := _Process.serving) is not None:
         info[SERVER_INFO_KEY] = {
@@ -414,12 +384,14 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
         }
 
 
+@_hook(f"{_SCHEDULER}.get_internal_state", "recv_req")
 def _after_get_internal_state(output: Any, _scheduler: Any, _request: Any) -> None:
     if (serving := _Process.serving) is not None:
         serving.holder.report()
         output.internal_state[SERVER_INFO_KEY] = serving.observer.describe()
 
 
+@_hook(_CONTROLLER)
 def _after_controller_init_info(info: dict[str, Any], controller: Any) -> None:
     """A data-parallel controller speaks for its schedulers: for all of them, or not at all."""
     reports = [i.get(SERVER_INFO_KEY) for i in controller._scheduler_init_infos]
@@ -427,6 +399,10 @@ def _after_controller_init_info(info: dict[str, Any], controller: Any) -> None:
         info[SERVER_INFO_KEY] = reports[0]
 
 
+@_hook(
+    "sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
+    *("scheduler_pipe_readers", "scheduler_procs"),
+)
 def _after_wait_for_scheduler_ready(
     infos: list[dict[str, Any]], _pipes: Any, schedulers: list[Any]
 ) -> None:

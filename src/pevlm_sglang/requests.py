@@ -92,11 +92,7 @@ def lay_out(inputs: Any, ids: Sequence[int], rule: SpanRule, config: PevlmConfig
 
 
 def _check_size(layout: Layout, length: int, forward_tokens: int | None) -> None:
-    """Refuse what would list too many keys in a forward: a huge sink, seen by many small blocks.
-
-    Raises:
-        ValueError: says how many, and what to do.
-    """
+    """Refuse what would list too many keys in a forward: a huge sink, seen by many small blocks."""
     window = min(length, forward_tokens or length)
     if layout.first_sparse is not None and (keys := layout.most_keys(length, window)) > MOST_KEYS:
         raise ValueError(

@@ -15,6 +15,8 @@ OLDEST, NEWEST_TESTED = (0, 5, 21), (0, 5, 23)
 
 REMEDY = "install sglang>=0.5.21,<0.6 (tested up to 0.5.23) or a newer pevlm-sglang"
 
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def problem(target: str, parameters: Iterable[str], *, exact: bool = False) -> str | None:
     """What keeps a function of SGLang from being hooked; None where nothing does.
@@ -40,8 +42,7 @@ def problem(target: str, parameters: Iterable[str], *, exact: bool = False) -> s
 
 def passes_on(function: Callable[..., Any]) -> bool:
     """Whether a function takes arguments that it does not name."""
-    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
-    return bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+    return any(p.kind in _OPEN for p in inspect.signature(function).parameters.values())
 
 
 def wrap(
@@ -49,13 +50,14 @@ def wrap(
     name: str,
     wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
     *,
-    parameters: Iterable[str],
+    parameters: Iterable[str] | None = None,
 ) -> None:
     """Replace ``owner.name`` by ``wrapper(owner.name)``, unless that is done already.
 
     Args:
         owner: a module or class of SGLang.
         parameters: that the wrapper relies on, by name; all of them, if it passes on no others.
+            Those that it names, if None.
 
     Raises:
         UnsupportedError: this SGLang lacks the function or one of the parameters, or has one that
@@ -69,6 +71,9 @@ def wrap(
     if original is None:
         raise UnsupportedError(f"this SGLang has no {target}; {REMEDY}")
     replacement = wrapper(original)
+    if parameters is None:
+        named = inspect.signature(replacement).parameters.values()
+        parameters = [parameter.name for parameter in named if parameter.kind not in _OPEN]
     if found := problem(target, parameters, exact=not passes_on(replacement)):
         raise UnsupportedError(f"this SGLang has {found}; {REMEDY}")
     wrapped = functools.wraps(original)(replacement)

@@ -11,12 +11,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from pevlm_kernels import IMPLEMENTATIONS, flash
 from pevlm_sglang.attention import kernel_choice
-from pevlm_sglang.attention.bases import attach
-from pevlm_sglang.attention.bases.flash_attention import PevlmFlashAttention
-from pevlm_sglang.attention.bases.flashinfer import PevlmFlashInfer
-from pevlm_sglang.attention.bases.torch_native import PevlmTorchNative
-from pevlm_sglang.attention.bases.triton import PevlmTriton
-from pevlm_sglang.attention.bases.trtllm_mha import PevlmTrtllmMha
+from pevlm_sglang.attention.bases import (
+    PevlmFlashAttention,
+    PevlmFlashInfer,
+    PevlmTorchNative,
+    PevlmTriton,
+    PevlmTrtllmMha,
+    attach,
+)
 from pevlm_sglang.attention.kernel_choice import ORDERS, choose, preference, requested_kernel
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer

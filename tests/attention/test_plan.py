@@ -134,15 +134,15 @@ def test_plan_is_well_formed(batch: Batch) -> None:
 def test_triton_form_expands_to_visible(batch: Batch) -> None:
     """Cached slots of each sequence, then its own tokens, causal."""
     own_slots = [batch.slots(request)[q] for request, q in batch.queries()]
-    lists = slot_lists(
+    cu_seqlens_q, cu_seqlens_k, slots = slot_lists(
         [sequence.piece.num_queries for sequence in batch.sequences],
         [(sequence.row, sequence.piece.keys_before_start()) for sequence in batch.sequences],
         batch.req_to_token,
         batch.req_pool_indices,
     )
     found, row = [], 0
-    cached_slots = lists.kv_indices.split(lists.cu_seqlens_k.diff().tolist())
-    for cached, n in zip(cached_slots, lists.cu_seqlens_q.diff().tolist(), strict=True):
+    cached_slots = slots.split(cu_seqlens_k.diff().tolist())
+    for cached, n in zip(cached_slots, cu_seqlens_q.diff().tolist(), strict=True):
         own = own_slots[row : row + n]
         assert not set(cached.tolist()) & set(own)
         found += [set(cached.tolist() + own[: query + 1]) for query in range(n)]
@@ -209,12 +209,12 @@ def test_golden_plan() -> None:
 def test_any_integer_table(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     table = torch.arange(20, dtype=dtype).view(2, 10)
     keys = [(0, [(1, 3), (5, 6)]), (1, [(4, 4)]), (1, [(0, 2)])]
-    found = slot_lists([1, 2, 3], keys, table, torch.tensor([1, 0]).to(index_dtype))
-    assert found.kv_indices.tolist() == [11, 12, 15, 0, 1]
-    assert found.kv_indices.dtype == torch.int64
-    assert found.seqlens_k == (3, 0, 2)
-    assert found.cu_seqlens_q.tolist() == [0, 1, 3, 6]
-    assert found.cu_seqlens_k.tolist() == [0, 3, 3, 5]
+    rows = torch.tensor([1, 0]).to(index_dtype)
+    cu_seqlens_q, cu_seqlens_k, slots = slot_lists([1, 2, 3], keys, table, rows)
+    assert slots.tolist() == [11, 12, 15, 0, 1]
+    assert slots.dtype == torch.int64
+    assert cu_seqlens_q.tolist() == [0, 1, 3, 6]
+    assert cu_seqlens_k.tolist() == [0, 3, 3, 5]
 
 
 class Waits(TorchDispatchMode):

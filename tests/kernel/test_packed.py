@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from pevlm_kernels import IMPLEMENTATIONS, merge, packed_plan, pevlm_attention
+from pevlm_kernels import IMPLEMENTATIONS, packed_plan, pevlm_attention, sdpa
 from pevlm_kernels.choice import refusal
 from pevlm_kernels.reference import masked_attention_lse
 from support.kernel_calls import Call, assert_within_budget, random_call
@@ -104,12 +104,12 @@ def test_block_of_4096(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_once", [merge.MERGED_BYTES, 1])
+@pytest.mark.parametrize("at_once", [sdpa.MERGED_BYTES, 1])
 def test_merge_of_two_sets_of_keys(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: int
 ) -> None:
     """Half of the keys and the other half give what all of them give; weights far apart too."""
-    monkeypatch.setattr(merge, "MERGED_BYTES", at_once)
+    monkeypatch.setattr(sdpa, "MERGED_BYTES", at_once)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(77, 3, 80, generator=generator).to(dtype) for _ in range(3))
     k[:40] += torch.linspace(0, 30, 40).to(dtype)[:, None, None]
@@ -121,7 +121,7 @@ def test_merge_of_two_sets_of_keys(
     )
     wide = torch.full((6, 77), torch.nan)
     wide[::2] = lse
-    merge.merge_states(out, wide[::2], other, other_lse)
+    sdpa.merge_states(out, wide[::2], other, other_lse)
     # A log-sum-exp of 100 is known to 1e-5, and so is the weight that it gives.
     tolerance = max(4 * torch.finfo(dtype).eps, 3e-5)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Replicas of the model, and its layers in stages: the same answers, and all of them counted."""
+"""Replicas of the model: the same answers, and all of them counted."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from support.oracle import Setting
 Clip = Callable[..., Path]
 
 pytestmark = pytest.mark.server
-servers = pytest.mark.parametrize("exchange", ["two_replicas", "two_stages"], indirect=True)
+replicas = pytest.mark.parametrize("exchange", ["two_replicas"], indirect=True)
 
 
-@servers
+@replicas
 @pytest.mark.parametrize("setting", [Setting(4, 4), Setting(0, 6), None])
 def test_a_video(exchange: Exchange, clip: Clip, setting: Setting | None) -> None:
     exchange.flush()
     exchange.check(about(clip(10), setting=setting))
 
 
-@servers
+@replicas
 def test_many_at_once(exchange: Exchange, clip: Clip) -> None:
-    """More than one replica or stage holds at a time, text between them."""
+    """Over both replicas, text between them."""
     exchange.flush()
     videos = [about(clip(seconds), setting=Setting(4, 4)) for seconds in (10, 14, 22, 30)]
     exchange.check(*videos, Question(SYSTEM + user("Why?")))
     exchange.check(*videos)  # on prefix hits, wherever each request goes
 
 
-@pytest.mark.parametrize("exchange", ["two_replicas"], indirect=True)
+@replicas
 def test_every_replica_reports(exchange: Exchange, clip: Clip) -> None:
     info = exchange.server.info()
     assert len(info["internal_states"]) == 2

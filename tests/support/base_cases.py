@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pevlm_kernels.reference import masked_attention
+from pevlm_kernels.reference import masked_attention_lse
 from pevlm_sglang.attention.plan import virtual_sequences
 from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import Observer, RequestLayout
@@ -191,7 +191,8 @@ def _expected_sparse(
             [[layout.visible(i, j) for j in range(length)] for i in range(len(past), length)]
         )
         k, v = stored(k, k_scale), stored(v, v_scale)
-        out = masked_attention(q[len(past) :], k, v, mask, softmax_scale=module.attn.scaling)
+        scale = module.attn.scaling
+        out, _ = masked_attention_lse(q[len(past) :], k, v, mask, softmax_scale=scale)
         outputs.append(module.o_proj(out.flatten(1)))
     return torch.cat(outputs)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pevlm_kernels.reference import masked_attention, masked_attention_lse
+from pevlm_kernels.reference import masked_attention_lse
 
 
 def _bottom_right_causal(n: int, m: int, causal: bool) -> torch.Tensor:
@@ -217,7 +217,7 @@ class PagedPrefillWrapper:
         for i in range(len(q_at) - 1):
             rows, slots = slice(q_at[i], q_at[i + 1]), indices[k_at[i] : k_at[i + 1]]
             mask = _bottom_right_causal(q_at[i + 1] - q_at[i], len(slots), causal)
-            out[rows] = masked_attention(
+            out[rows], _ = masked_attention_lse(
                 q[rows], k_cache[slots], v_cache[slots], mask, softmax_scale=sm_scale
             )
         return out
@@ -246,7 +246,7 @@ def trtllm_batch_context_with_kv_cache(
         k, v = (part[pages].transpose(1, 2).flatten(0, 1)[:m] for part in kv_cache)
         rows = slice(int(cum_seq_lens_q[i]), int(cum_seq_lens_q[i]) + n)
         mask = _bottom_right_causal(n, m, True)
-        out[rows] = masked_attention(query[rows], k, v, mask, softmax_scale=bmm1_scale)
+        out[rows], _ = masked_attention_lse(query[rows], k, v, mask, softmax_scale=bmm1_scale)
     return out
 
 

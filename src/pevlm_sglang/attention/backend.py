@@ -3,7 +3,7 @@
 
 A forward with LOCAL tokens stores its keys and values as the base does and hands the pool to the
 kernel that was chosen at start, one path for every base; or, with the prefill kernel ``base``, the
-base runs its own kernel on metadata that its mixin in ``bases/`` has rewritten. Every other
+base runs its own kernel on metadata that its mixin in ``bases`` has rewritten. Every other
 forward, decode, CUDA graphs and speculative decoding stay the base's own.
 """
 
@@ -41,11 +41,6 @@ class PrefillBatch(NamedTuple):
             r.layout.first_sparse is not None and p + n > r.layout.first_sparse
             for r, p, n in zip(*self, strict=True)
         )
-
-    def sequences(self) -> list[VirtualSequence]:
-        """The virtual sequences of the batch."""
-        layouts = [request.layout for request in self.requests]
-        return virtual_sequences(layouts, self.prefix_lens, self.extend_lens)
 
 
 def read_batch(forward_batch: Any) -> PrefillBatch | None:
@@ -115,7 +110,8 @@ class PevlmBackend(AttentionBackend):
         batch = read_batch(forward_batch)
         if batch is None:
             return
-        sequences = batch.sequences() if batch.may_be_sparse else []
+        layouts = [request.layout for request in batch.requests]
+        sequences = virtual_sequences(layouts, *batch[1:]) if batch.may_be_sparse else []
         if all(sequence.piece.is_full for sequence in sequences):
             self.pevlm_observer.dense_batch(*batch)
             return
@@ -206,12 +202,10 @@ class PevlmBackend(AttentionBackend):
         """SGLang's veto on a prefill CUDA graph: a graph of kind FULL has full attention baked in,
         so a batch with LOCAL tokens runs eagerly."""
         batch = read_batch(forward_batch)
-        sparse = batch is not None and batch.may_be_sparse
-        return not sparse
+        return batch is None or not batch.may_be_sparse
 
     def vote_prefill_cuda_graph(self, batch: Any) -> bool:
         """The same veto at schedule time, for data-parallel attention: no prompt with LOCAL tokens
         in SGLang's ``ScheduleBatch``."""
         layouts = (getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs)
-        sparse = any(request.dense_reason is None for request in layouts)
-        return not sparse
+        return all(request.dense_reason is not None for request in layouts)

@@ -7,13 +7,12 @@ that is taken has run once by then.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from pevlm_kernels import PrefillPlan, bound
+from pevlm_kernels import bound, packed_plan
 from pevlm_kernels.choice import ON_GPU, refusal
 from pevlm_sglang.attention.backend import PevlmBackend
 from pevlm_sglang.errors import UnsupportedError
@@ -65,12 +64,7 @@ ORDERS = (
 
 
 def preference(base: str, capability: tuple[int, int] | None, narrow: bool) -> tuple[str, ...]:
-    """The kernels of the first row that fits.
-
-    Args:
-        base, narrow: see :class:`Order`.
-        capability: of the GPU; None without one.
-    """
+    """The kernels of the first row that fits; ``capability`` is the GPU's, None without one."""
     major = capability[0] if capability else None
     return next(
         row.kernels
@@ -133,11 +127,7 @@ def choose(
 
 
 def _probes(backend: PevlmBackend, layers: Sequence[Any], dtype: torch.dtype) -> list[Probe]:
-    """One for each kind of layer.
-
-    Raises:
-        UnsupportedError: a pool that does not hold a row of heads a token.
-    """
+    """One for each kind of layer; a pool that does not hold a row of heads a token is refused."""
     pool = backend.token_to_kv_pool
     found: dict[Any, Probe] = {}
     for layer in layers:
@@ -150,15 +140,15 @@ def _probes(backend: PevlmBackend, layers: Sequence[Any], dtype: torch.dtype) ->
                 f"{row_k[0]}, {row_k[1]}], got {tuple(k.shape)} and {tuple(v.shape)}; serve "
                 "without SGLANG_USE_HND_KVCACHE or another layout of the cache"
             )
-        q = torch.zeros(3, layer.tp_q_head_num, layer.qk_head_dim, dtype=dtype, device=k.device)
+        q = torch.zeros(4, layer.tp_q_head_num, layer.qk_head_dim, dtype=dtype, device=k.device)
         key = (q.shape, row_k, row_v, k.dtype, v.dtype)
-        found.setdefault(key, Probe(q, _rows(k, 0), _rows(v, 1), layer.scaling))
+        # Slots not of the layer's own cache: those may not be backed by memory yet.
+        zeros, ones = (
+            torch.full((4, *buffer.shape[1:]), value, device=buffer.device).to(buffer.dtype)
+            for buffer, value in ((k, 0), (v, 1))
+        )
+        found.setdefault(key, Probe(q, zeros, ones, layer.scaling))
     return list(found.values())
-
-
-def _rows(buffer: torch.Tensor, value: int) -> torch.Tensor:
-    """Two slots of a layer's cache, not its own: those may not be backed by memory yet."""
-    return torch.full((2, *buffer.shape[1:]), value, device=buffer.device).to(buffer.dtype)
 
 
 def _refusal(
@@ -172,31 +162,17 @@ def _refusal(
             return f"expected scores without a cap, got logit_cap {layer.logit_cap}"
         if backend.pevlm_stores_scaled and layer.k_scale is not None and not layer.k_scale_float:
             return "expected scales of the KV cache as numbers too (k_scale_float), got none"
-    reasons = (refusal(kernel, probe.q, probe.k_cache, probe.v_cache) for probe in probes)
+    reasons = (refusal(kernel, *probe[:3]) for probe in probes)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _run_once(kernel: str, probe: Probe) -> None:
-    """Two queries of a sparse sequence and one of a full one, whose attention is known: equal
-    weights on values 1.
-
-    Raises:
-        UnsupportedError: the kernel fails on this machine, or computes something else.
-    """
-    device = probe.q.device
-    plan = PrefillPlan(
-        cu_seqlens_q=torch.tensor([0, 2, 3], dtype=torch.int32, device=device),
-        cu_seqlens_k=torch.tensor([0, 2, 4], dtype=torch.int32, device=device),
-        kv_indices=torch.tensor([0, 1, 1, 0], device=device),
-        seqlens_q=(2, 1),
-        seqlens_k=(2, 2),
-        full=(False, True),
-    )
+    """Refuse a kernel that fails on this machine, or computes something else than equal weights on
+    values 1 for four tokens, one of them in a sparse block and one that sees all."""
+    plan = packed_plan(4, 1, ((1, 2), (2, 3)), probe.q.device)
     try:
-        out, lse = bound(kernel)(
-            probe.q, probe.k_cache, probe.v_cache, plan, softmax_scale=probe.scaling
-        )
-        expected = torch.tensor([0.0, math.log(2), math.log(2)], device=device)
+        out, lse = bound(kernel)(*probe[:3], plan, softmax_scale=probe.scaling)
+        expected = torch.tensor([1, 2, 2, 4], device=lse.device).log()
         right = bool((out == 1).all()) and bool(((lse - expected).abs() < 1e-2).all())
     except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
         raise UnsupportedError(
@@ -218,12 +194,7 @@ def attention_layers(model: Any) -> list[Any]:
 
 
 def requested_kernel(resolved: Any, config: PevlmConfig) -> str:
-    """``--pevlm-prefill-kernel``; under deterministic inference ``auto`` is the base's own kernel,
-    whose results SGLang makes independent of the batch.
-
-    Args:
-        resolved: SGLang's resolved server arguments.
-        config: of the server.
-    """
+    """``--pevlm-prefill-kernel``; with deterministic inference in SGLang's resolved arguments it is
+    the base's own kernel, whose results SGLang makes independent of the batch."""
     deterministic = getattr(resolved, "enable_deterministic_inference", False)
     return BASE if deterministic else config.prefill_kernel

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -65,31 +64,12 @@ def build_plan(
     """
     keys = [(sequence.row, sequence.piece.keys) for sequence in sequences]
     seqlens_q = tuple(sequence.piece.num_queries for sequence in sequences)
-    lists = slot_lists(seqlens_q, keys, req_to_token, req_pool_indices)
     return PrefillPlan(
-        cu_seqlens_q=lists.cu_seqlens_q,
-        cu_seqlens_k=lists.cu_seqlens_k,
-        kv_indices=lists.kv_indices,
+        *slot_lists(seqlens_q, keys, req_to_token, req_pool_indices),
         seqlens_q=seqlens_q,
-        seqlens_k=lists.seqlens_k,
+        seqlens_k=tuple(sequence.piece.num_keys for sequence in sequences),
         full=tuple(sequence.piece.is_full for sequence in sequences),
     )
-
-
-class SlotLists(NamedTuple):
-    """A list of cache slots a sequence, one after the other.
-
-    Attributes:
-        cu_seqlens_q: ``[num_seqs + 1]`` int32 on the device.
-        cu_seqlens_k: ``[num_seqs + 1]`` int32 on the device.
-        kv_indices: ``[total_k]`` int64 on the device.
-        seqlens_k: ``num_seqs`` list lengths, on the host.
-    """
-
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    kv_indices: torch.Tensor
-    seqlens_k: tuple[int, ...]
 
 
 def slot_lists(
@@ -97,8 +77,8 @@ def slot_lists(
     keys: Sequence[tuple[int, Sequence[Range]]],
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
-) -> SlotLists:
-    """The cache slots of each sequence's token ranges.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cache slots of each sequence's token ranges, one list after the other.
 
     Only lengths and ranges travel to the device, in one copy that the host does not wait for; the
     slots are gathered there.
@@ -107,8 +87,11 @@ def slot_lists(
         seqlens_q: query counts.
         keys: of each sequence, the row of the batch and ranges of positions.
         req_to_token, req_pool_indices: see :func:`build_plan`.
+
+    Returns:
+        ``cu_seqlens_q``, ``cu_seqlens_k`` and ``kv_indices`` as in :class:`PrefillPlan`.
     """
-    seqlens_k = tuple(total_length(ranges) for _, ranges in keys)
+    seqlens_k = [sum(end - start for start, end in ranges) for _, ranges in keys]
     rows = [row for row, ranges in keys for _ in ranges]
     bounds = [bound for _, ranges in keys for bound in ranges]
     ends = list(accumulate(end - start for start, end in bounds))
@@ -129,10 +112,4 @@ def slot_lists(
     of_range = torch.repeat_interleave(places.diff(), output_size=total)
     positions = torch.arange(total, device=device) + shift_of_range[of_range]
     pool_row = req_pool_indices[row_of_range][of_range]
-    slots = req_to_token[pool_row, positions].to(torch.int64)
-    return SlotLists(cu_seqlens_q, cu_seqlens_k, slots, seqlens_k)
-
-
-def total_length(ranges: Iterable[Range]) -> int:
-    """Tokens in ranges that do not overlap."""
-    return sum(end - start for start, end in ranges)
+    return cu_seqlens_q, cu_seqlens_k, req_to_token[pool_row, positions].to(torch.int64)

@@ -19,9 +19,9 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+from sglang.srt.runtime_context import get_model
 
 from pevlm_sglang.media.sources import SafeSources
-from pevlm_sglang.media.tower_dtype import tower_dtype
 from pevlm_sglang.media.video_file import frames_of, length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 
@@ -43,7 +43,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         super().__init__(hf_config, *args, **kwargs)
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
-        self._dtype = tower_dtype(hf_config)
+        self._dtype = _tower_dtype(hf_config)
 
     @staticmethod
     @abstractmethod
@@ -245,3 +245,11 @@ def _image_kinds(modalities: Any, images: int) -> list[str]:
     if len(given) != images:
         given = (given[:1] or [None]) * images
     return [kind or "image" for kind in given]
+
+
+def _tower_dtype(hf_config: Any) -> torch.dtype:
+    """In which pixels travel: bfloat16, half the bytes, where the tower rounds to it anyway."""
+    wanted = str(get_model().dtype)
+    if wanted == "auto":
+        wanted = str(getattr(hf_config, "dtype", None))
+    return torch.bfloat16 if wanted.endswith("bfloat16") else torch.float32

@@ -24,7 +24,7 @@ from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.observe.observer import Observer
-from pevlm_sglang.seams import wrap
+from pevlm_sglang.seams import REMEDY, wrap
 
 ONE_RUN = "one vision-tower run a video"
 
@@ -32,22 +32,15 @@ _ATTRIBUTE = "pevlm_embeddings"
 
 
 class Held:
-    """The embeddings that one request has begun to use.
-
-    Attributes:
-        results: SGLang's ``EmbeddingResult`` by its key in SGLang's cache.
-    """
+    """The embeddings that one request has begun to use: SGLang's ``EmbeddingResult`` by its key in
+    SGLang's cache."""
 
     def __init__(self, results: dict[int, Any]) -> None:
         self.results = results
 
 
 class EmbeddingHolder:
-    """Keeps embeddings with requests, and tells the observer how many bytes that is.
-
-    Attributes:
-        observer: of the scheduler.
-    """
+    """Keeps embeddings with requests, and tells the observer how many bytes that is."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
@@ -56,20 +49,14 @@ class EmbeddingHolder:
     @property
     def num_bytes(self) -> int:
         """Bytes of all embeddings that requests hold; one that two of them share counts once."""
-        storages = {}
-        for held in self._held:
-            for result in held.results.values():
-                storage = result.embedding.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        results = (result for held in self._held for result in held.results.values())
+        storages = (result.embedding.untyped_storage() for result in results)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def held(self, requests: Sequence[Any]) -> dict[int, Any]:
         """What the requests (``MultimodalInputs``) of a batch hold, for all of them to use."""
-        results: dict[int, Any] = {}
-        for request in requests:
-            if held := vars(request).get(_ATTRIBUTE):
-                results |= held.results
-        return results
+        held = [vars(request)[_ATTRIBUTE] for request in requests if _ATTRIBUTE in vars(request)]
+        return {key: result for each in held for key, result in each.results.items()}
 
     def keep(self, requests: Sequence[Any], ends: Sequence[int], found: dict[int, Any]) -> None:
         """After a forward: each request holds what it has begun and not finished.
@@ -83,7 +70,7 @@ class EmbeddingHolder:
             results = {
                 key: _standalone(found[key])
                 for item in request.mm_items
-                if _is_cut(item, end)
+                if item.offsets and item.offsets[0][0] < end <= item.offsets[-1][1]  # inclusive
                 for key in _keys(item)
                 if key in found
             }
@@ -115,20 +102,16 @@ class EmbeddingHolder:
 
 
 class CacheView:
-    """SGLang's embedding cache as one forward sees it: what the requests of the batch hold, and
-    what this forward encoded, is found besides.
+    """SGLang's embedding cache, a ``MultiModalStaticCache``, as one forward sees it.
 
     Args:
-        cache: SGLang's ``MultiModalStaticCache``.
-        held: of the batch's requests, by key.
-
-    Attributes:
-        found: every embedding that was looked up or encoded here, and ``held``.
+        found: what the requests of the batch hold, by key; every embedding that is looked up or
+            encoded here is added.
     """
 
-    def __init__(self, cache: Any, held: dict[int, Any]) -> None:
+    def __init__(self, cache: Any, found: dict[int, Any]) -> None:
         self._cache = cache
-        self.found = held
+        self.found = found
 
     def get(self, mm_hashes: list[int], combined_hash: int | None = None) -> Any:
         key = self._cache.combine_hashes(mm_hashes)
@@ -175,7 +158,10 @@ def observe_runs(observer: Observer) -> None:
             def run(items: list[Any]) -> Any:
                 with observer.vision_run(len(items), input_ids.device):
                     result = data_embedding_func(items)
-                    return _copy(result) if copy else result
+                    if not copy:
+                        return result
+                    many = isinstance(result, list)  # one tensor an item
+                    return [part.clone() for part in result] if many else result.clone()
 
             # SGLang asks the method for its model (mm_schedule._can_skip_pre_embed_feature_move).
             run.__self__ = getattr(data_embedding_func, "__self__", None)  # type: ignore[attr-defined]
@@ -183,23 +169,12 @@ def observe_runs(observer: Observer) -> None:
 
         return observed
 
-    names = ("data_embedding_func", "input_ids")
-    wrap(mm_utils, "get_embedding_and_mask", wrapper, parameters=names)
+    wrap(mm_utils, "get_embedding_and_mask", wrapper)
 
 
 def install(holder: EmbeddingHolder) -> None:
     """Count runs of the vision tower, and hold embeddings from chunk to chunk. Runs in the
     scheduler.
-
-    Raises:
-        UnsupportedError: this SGLang lacks a seam that this needs.
-    """
-    observe_runs(holder.observer)
-    hold_embeddings(holder)
-
-
-def hold_embeddings(holder: EmbeddingHolder) -> None:
-    """See the top of this file.
 
     Raises:
         UnsupportedError: this SGLang lacks a seam that this needs.
@@ -211,9 +186,9 @@ def hold_embeddings(holder: EmbeddingHolder) -> None:
     needed = ("combine_hashes", "get", "get_single", "set", "free", "clear")
     if missing := [name for name in needed if not hasattr(cache, name)]:
         raise UnsupportedError(
-            f"this SGLang's embedding cache has no {', '.join(missing)}; install sglang>=0.5.21 "
-            "(developed on 0.5.23)"
+            f"this SGLang's embedding cache has no {', '.join(missing)}; {REMEDY}"
         )
+    observe_runs(holder.observer)
 
     def keep(embed: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(
@@ -248,22 +223,9 @@ def hold_embeddings(holder: EmbeddingHolder) -> None:
 
         return corrected
 
-    wrap(
-        mm_utils,
-        "embed_mm_inputs",
-        keep,
-        parameters=("mm_inputs_list", "extend_prefix_lens", "extend_seq_lens"),
-    )
-    wrap(
-        mm_schedule,
-        "_get_chunked_embedding_full",
-        item_by_item,
-        parameters=(
-            *("data_embedding_func", "embedding_items_per_req", "items_offset"),
-            *("extend_prefix_len", "extend_seq_len", "input_ids", "device"),
-        ),
-    )
-    wrap(MultimodalInputs, "release_features", release, parameters=("self",))
+    wrap(mm_utils, "embed_mm_inputs", keep)
+    wrap(mm_schedule, "_get_chunked_embedding_full", item_by_item)
+    wrap(MultimodalInputs, "release_features", release)
 
 
 def item_by_item(encode: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,12 +265,6 @@ def item_by_item(encode: Callable[..., Any]) -> Callable[..., Any]:
     return corrected
 
 
-def _is_cut(item: Any, end: int) -> bool:
-    """Whether an item lies on both sides of a position; SGLang's offsets are inclusive."""
-    offsets = item.offsets
-    return bool(offsets) and offsets[0][0] < end <= offsets[-1][1]
-
-
 def _keys(item: Any) -> tuple[int, int]:
     """Under which SGLang's cache may know an item: by itself, or as the only one of its request."""
     from sglang.srt.mem_cache.multimodal_cache import MultimodalCache
@@ -323,8 +279,3 @@ def _standalone(result: Any) -> Any:
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return result
     return dataclasses.replace(result, embedding=tensor.clone())
-
-
-def _copy(result: Any) -> Any:
-    """Of a tensor, or of one tensor an item."""
-    return [tensor.clone() for tensor in result] if isinstance(result, list) else result.clone()

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.seams import REMEDY
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,4 @@ def _declare(models: list[Any]) -> None:
 
 
 def _unsupported(why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"max_pixels of a video_url part: this SGLang {why}; install sglang>=0.5.21 (developed on "
-        "0.5.23) or a newer pevlm-sglang"
-    )
+    return UnsupportedError(f"max_pixels of a video_url part: this SGLang {why}; {REMEDY}")

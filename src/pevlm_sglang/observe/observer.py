@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from pevlm_sglang.attention.plan import VirtualSequence
 from pevlm_sglang.layout import Layout, full_pairs
-from pevlm_sglang.observe.timing import DeviceTimer
 
 logger = logging.getLogger(__name__)
 
-NO_VIDEO = "no_video"
-SHORT_VIDEO = "short_video"
-DISABLED = "disabled"
-IMAGE_RUNS_OFF = "image_runs_off"
-GLOBAL_TOKEN = "global_token"
 DENSE_REASONS = {
-    NO_VIDEO: "text, or images that PEVLM leaves alone",
-    SHORT_VIDEO: "the sink and one block hold the whole video",
-    DISABLED: "PEVLM is off for the request",
-    IMAGE_RUNS_OFF: "images only, and image runs are off",
-    GLOBAL_TOKEN: "sink, text or question of a sparse prompt, which attend to everything",
+    "no_video": "text, or images that PEVLM leaves alone",
+    "short_video": "the sink and one block hold the whole video",
+    "disabled": "PEVLM is off for the request",
+    "image_runs_off": "images only, and image runs are off",
+    "global_token": "sink, text or question of a sparse prompt, which attend to everything",
 }
+NO_VIDEO, SHORT_VIDEO, DISABLED, IMAGE_RUNS_OFF, GLOBAL_TOKEN = DENSE_REASONS
 
 
 @dataclass(frozen=True)
@@ -208,3 +206,34 @@ class _Metrics:
         self._pairs.labels("saved").inc(delta.pairs_saved)
         self._runs.inc(delta.vision_runs)
         self._seconds.inc(delta.vision_seconds)
+
+
+class DeviceTimer:
+    """Adds up the time of code that may only queue its work, as a GPU does, and never waits."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._running: deque[tuple[Any, Any]] = deque()
+
+    @contextmanager
+    def measure(self, device: Any) -> Iterator[None]:
+        """Time the block, on the current stream of a ``torch.device`` of type cuda, or by the
+        clock on any other."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._running.append((start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """Seconds of the blocks that have ended on their device since the last call."""
+        while self._running and self._running[0][1].query():
+            start, end = self._running.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
