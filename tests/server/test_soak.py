@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -158,3 +159,17 @@ def test_fault_is_found(
         "expected tokens" in failure or "log-probabilities differ" in failure
         for failure in report.failures
     ), report.describe()
+
+
+@pytest.mark.parametrize(
+    ("report", "what"),
+    [
+        (Report(compared=Counter(whole=5), memory={"launcher": [1, 100, 101, 103]}), "grows"),
+        (Report(compared=Counter(whole=4)), "4"),
+        (Report(compared=Counter(whole=5), failures=["ask: HTTP 500"]), "HTTP 500"),
+    ],
+)
+def test_check(report: Report, what: str) -> None:
+    with pytest.raises(AssertionError, match=what):
+        check(report, answers=5)
+    check(Report(compared=Counter(whole=5), memory={"launcher": [1, 100, 101, 102]}), answers=5)
