@@ -236,6 +236,27 @@ def test_bad_override_with_prompt_logprobs(server: Server) -> None:
     assert "unknown option 'x'" in response.text
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/generate", {"session_params": {"id": {}}}),
+        ("/generate", {"positional_embed_overrides": ["a"]}),
+        ("/generate", {"return_hidden_states": [True]}),
+        ("/generate", {"sampling_params": [{}]}),
+        ("/generate", {"return_logprob": True, "top_logprobs_num": 10**9}),
+        ("/generate", {"text": None, "input_ids": [-1]}),
+        ("/v1/chat/completions", {"input_ids": [10**6]}),
+        ("/v1/chat/completions", {"n": 10**6}),
+    ],
+)
+def test_what_sglang_does_not_survive(server: Server, path: str, fields: dict[str, Any]) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body = {"text": "a"} if path == "/generate" else chat
+    answer = server.post(path, {**body, **fields})
+    assert answer.status_code == 400, answer.text
+    assert server.post(path, body).status_code == 200
+
+
 def test_counters(server: Server, clip: Callable[..., Path]) -> None:
     """``/metrics`` and ``/server_info`` count the same, and count this request."""
     server.post("/flush_cache")

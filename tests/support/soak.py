@@ -99,7 +99,7 @@ class Report:
         compared: answers that were compared, whole and broken-off.
         logprobs: compared log-probabilities.
         failures: in words; empty where all is well.
-        memory: name of a process → mean bytes of its resident memory in each quarter.
+        memory: name of a process → median bytes of its resident memory in each quarter.
         seconds: that it took.
     """
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from statistics import median
 
 import psutil
 
@@ -65,5 +66,5 @@ class Memory:
         for name, sizes in self._sizes.items():
             cuts = [len(sizes) * quarter // 4 for quarter in range(5)]
             parts = [sizes[start:end] for start, end in pairwise(cuts)]
-            found[name] = [sum(part) / max(len(part), 1) for part in parts]
+            found[name] = [median(part) if part else 0 for part in parts]
         return found
