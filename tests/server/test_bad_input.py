@@ -131,7 +131,6 @@ def test_a_wish_beside_its_part(
 )
 def test_a_setting_where_it_would_be_dropped(server: Server, path: str, body: Any) -> None:
     body = {"model": "default", "stream": False, **body}
-    assert "which drops it" not in server.post(path, body).text
     for setting in ({"enabled": False}, {"enabld": True}):
         reply = server.post(path, {**body, "custom_params": {"pevlm": setting}})
         assert reply.status_code == 400
