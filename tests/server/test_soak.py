@@ -135,7 +135,7 @@ def test_soak(
         warm, _ = soak(server, known, bad, seconds=WARM_UP, seed=1)
         assert not warm.failures, warm.describe()
         report, totals = soak(server, known, bad, seconds=seconds - WARM_UP)
-        check(report, answers=int(seconds) // 2)
+        check(report, answers=int(seconds) // 2, seconds=seconds)
         assert totals["vision_kept_bytes"] == 0
         assert totals["sparse_forwards"] > 0
         assert ("Testing retraction" in server.log()) == ("SGLANG_TEST_RETRACT" in env)
@@ -171,5 +171,9 @@ def test_fault_is_found(
 )
 def test_check(report: Report, what: str) -> None:
     with pytest.raises(AssertionError, match=what):
-        check(report, answers=5)
-    check(Report(compared=Counter(whole=5), memory={"launcher": [1, 100, 101, 102]}), answers=5)
+        check(report, answers=5, seconds=300)
+    sound = Report(compared=Counter(whole=5), memory={"launcher": [1, 100, 101, 102]})
+    check(sound, answers=5, seconds=300)
+    short = Report(compared=Counter(whole=5), memory={"launcher": [1, 100, 101, 106]})
+    with pytest.raises(AssertionError, match="grows"):
+        check(short, answers=5, seconds=60)

@@ -64,13 +64,12 @@ def test_ways_to_send_a_video(
         ({"max_frames": 7}, 3, 12),
         ({"max_pixels": 5000}, 10, 4),
         ({"fps": 4, "max_frames": 24, "max_pixels": 7000}, 12, 6),
-        ({"max_frame": 7}, 10, 12),  # no setting: ignored, as SGLang does
     ],
 )
-def test_knobs_of_a_video_url(
+def test_wishes_of_a_video_url(
     exchange: Exchange, clip: Callable[..., Path], settings: dict[str, Any], steps: int, tokens: int
 ) -> None:
-    """12 tokens a step without settings; the rest of the prompt is the same."""
+    """12 tokens a step without wishes; the rest of the prompt is the same."""
     sizes = []
     for url in ({"url": str(clip(10)), **settings}, {"url": str(clip(10))}):
         answer = exchange.server.chat([{"type": "video_url", "video_url": url}], max_tokens=1)
