@@ -32,7 +32,7 @@ GROWTH = 1.02
 """Of a process's memory, from the second quarter to the last."""
 
 SHORT, SHORT_GROWTH = 120, 1.05
-"""A soak of fewer seconds sees the allocators' own swings: 1.026 once in a minute, without a leak."""
+"""A soak of fewer seconds sees the allocators' own swings: once 1.026 in a minute, no leak."""
 FAILURES = 20  # end a soak early
 
 
