@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 
+from pevlm_sglang.settings.config import PevlmConfig
+
 
 def without_pinned_memory() -> Any:
     """SGLang pins frames outside its CPU platform; a CUDA build of torch cannot without a GPU."""
@@ -45,6 +47,7 @@ def sglang_processor(
     hf_processor: Any,
     *,
     video: Mapping[str, Any] | None = None,
+    pevlm: Mapping[str, Any] | None = None,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -53,6 +56,7 @@ def sglang_processor(
         hf_config: of the model.
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
+        pevlm: options of this plugin.
     """
     from sglang.srt.runtime_context import get_context
 
@@ -60,6 +64,7 @@ def sglang_processor(
     with context.override_server_args(
         mm_process_config={"video": dict(video or {})},
     ) as server_args:
+        server_args._pevlm_config = PevlmConfig(**(pevlm or {}))
         with without_pinned_memory():
             processor: Any = processor_class(
                 hf_config, server_args, hf_processor, "default", skip_mm_pool=True
@@ -67,4 +72,4 @@ def sglang_processor(
         try:
             yield Processor(processor)
         finally:
-            processor.io_executor.shutdown()
+            processor.shutdown()

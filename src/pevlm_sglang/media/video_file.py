@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = 32  # frames of full size in memory
-_BYTES_AT_ONCE = 4 << 30  # of decoded frames: 690 of 1080p. Each part opens the file again
 _MOST_PIXELS = 1 << 26  # of a frame, twice an 8K one: a file of some kB can be as large as it says
 _DECODERS = ("torchcodec", "decord")  # the two that SGLang takes
 _SERVERS = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -61,33 +59,18 @@ def frame_bytes(video: Any) -> int:
     return 3 * int(height) * int(width)
 
 
-def parts(video: Any, indices: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
-    """The indices in parts, whose frames of full size fit into memory together.
-
-    Args:
-        most: frames of a part; None = no bound but their size.
-
-    Raises:
-        ValueError: see :func:`frame_bytes`.
-    """
-    step = max(1, min(most or len(indices), _BYTES_AT_ONCE // frame_bytes(video)))
-    for start in range(0, len(indices), step):
-        yield list(indices[start : start + step])
-
-
 def _is_raised_by(packages: Sequence[str], error: BaseException) -> bool:
     """Whether an error came through one of these packages."""
     names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     return any(name.split(".")[0] in packages for name in names)
 
 
-def frames_of(video: Any, indices: Sequence[int]) -> Iterator[Any]:
-    """Frames ``[height, width, 3]`` uint8 of a video, as arrays, never many of them at once.
+def decoded(video: Any, indices: list[int]) -> torch.Tensor:
+    """Frames ``[n, height, width, 3]`` uint8 of SGLang's ``VideoDecoderWrapper``, on the device on
+    which it decodes.
 
     Raises:
-        ValueError: see :func:`decoding` and :func:`frame_bytes`.
+        ValueError: see :func:`decoding`.
     """
-    for part in parts(video, indices, _AT_ONCE):
-        with decoding():
-            frames = video.get_frames_at(part)
-        yield from frames
+    with decoding():
+        return torch.as_tensor(video.get_frames_at(indices))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+from pevlm_sglang.settings.config import VIDEO_RESIZES
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
 from support.processor import Processor, sglang_processor
 from support.tiny import make_tiny_model
@@ -101,10 +102,15 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def reference(
-    model: Model, name: str, videos: Sequence[tuple[Path, Mapping[str, Any]]], prompt: str
+    model: Model,
+    name: str,
+    videos: Sequence[tuple[Path, Mapping[str, Any]]],
+    prompt: str,
+    resize: str = "uint8",
 ) -> Any:
     clips = [
-        reference_video(path, settings, image_patch_size=PATCH[name]) for path, settings in videos
+        reference_video(path, settings, image_patch_size=PATCH[name], resize=resize)
+        for path, settings in videos
     ]
     return reference_inputs(model.processor, prompt, clips)
 
@@ -146,14 +152,20 @@ CLIPS = [
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("resize", VIDEO_RESIZES)
 @pytest.mark.parametrize("case", CLIPS, ids=str)
 def test_video_is_the_references(
-    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str, case: Any
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    name: str,
+    resize: str,
+    case: Any,
 ) -> None:
     frames, size, fps, settings = case
     video, settings = clip(frames, size, fps), {**FEW, **settings}
-    output = start(name, video=settings)(PROMPT, [str(video)])
-    expected = reference(models[name], name, [(video, settings)], PROMPT)
+    output = start(name, video=settings, pevlm={"video_resize": resize})(PROMPT, [str(video)])
+    expected = reference(models[name], name, [(video, settings)], PROMPT, resize)
     assert_same(output, expected)
     if name == "qwen3_vl":
         return  # its steps are videos of their own to M-RoPE
