@@ -22,7 +22,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import embeddings, video_url
+from pevlm_sglang.media import embeddings, transport, video_url
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
@@ -254,6 +254,13 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
 def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     if _Process.config is not None and hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
+
+
+@_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", "tokenized_obj")
+def _around_send_one_request(send_one_request: Any, manager: Any, tokenized_obj: Any) -> Any:
+    if _Process.config is None:
+        return send_one_request(manager, tokenized_obj)
+    return transport.send(send_one_request, manager, tokenized_obj)
 
 
 # --- The scheduler ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import torch
 
@@ -18,8 +19,10 @@ def file_stamp(source: Any) -> tuple[int, ...] | None:
     """What changes when another file takes the place of this one, or its content changes; None for
     what is no path."""
     source = getattr(source, "url", source)
-    path = source.removeprefix("file://") if isinstance(source, str) else None
-    if path is None or not os.path.isfile(path):
+    if not isinstance(source, str) or source.startswith(("data:", "http://", "https://")):
+        return None
+    path = unquote(urlparse(source).path) if source.startswith("file://") else source
+    if not os.path.isfile(path):
         return None
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -49,8 +49,15 @@ class Reader:
         _one_torch_thread_each(self._pool, self.threads)
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function in a thread of the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        """Call a function in a thread of the pool. Cancelled, it has ended or was never begun."""
+        called = self._pool.submit(function, *args)
+        result = asyncio.wrap_future(called)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            if not called.cancel():
+                await asyncio.wait([result])
+            raise
 
     async def read(
         self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1

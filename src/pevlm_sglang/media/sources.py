@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
 
@@ -78,6 +81,10 @@ class SafeSources:
                 check_path(data)
             if modality == Modality.VIDEO:
                 check_frames(data)
-            return super()._load_single_item(  # type: ignore[misc]
+            stamp = file_stamp(data)
+            loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs
             )
+        if isinstance(loaded, VideoDecoderWrapper):
+            remember_stamp(loaded, stamp)
+        return loaded
