@@ -100,16 +100,14 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         ]
         return PatchedVideos(patches, grids, [one.metadata for one in planned], identities)
 
-    async def process_and_combine_mm_data_async(
+    def process_and_combine_mm_data(
         self, base_output: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> tuple[Any, Any, Any]:
         """Hand over patches without the settings that they were made by; and leave the steps of a
         video with timestamps on its item."""
         if patched_videos(base_output.videos) is not None:
             kwargs |= {"processor_video_config": {}, "video_metadata": None}
-        items, ids, output = await super().process_and_combine_mm_data_async(
-            base_output, *args, **kwargs
-        )
+        items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output
