@@ -22,7 +22,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import embeddings, transport, video_url
+from pevlm_sglang.media import embeddings, stages, transport, video_url
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
@@ -252,7 +252,10 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
 def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    if _Process.config is not None and hasattr(obj, "sampling_params"):
+    if _Process.config is None:
+        return
+    stages.begin()
+    if hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pevlm_sglang.media import transport
+
+MANAGER = SimpleNamespace(enable_metrics=False)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +81,7 @@ def test_pixels_are_copied_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         sent.append(mm_utils.wrap_shm_features(tokenized))  # as SGLang does
 
     tokenized = request(pixels)
-    asyncio.run(transport.send(upstream, None, tokenized))
+    asyncio.run(transport.send(upstream, MANAGER, tokenized))
     assert sent == [tokenized]
     assert len(where) == 1
     assert where[0] is not threading.main_thread()
@@ -108,7 +111,7 @@ def test_nothing_is_left_of_a_request_that_was_not_sent() -> None:
 
     tokenized = request(torch.ones(8))
     with pytest.raises(OSError, match="no scheduler"):
-        asyncio.run(transport.send(upstream, None, tokenized))
+        asyncio.run(transport.send(upstream, MANAGER, tokenized))
     assert not exists(tokenized.mm_inputs.mm_items[0].feature)
 
 
@@ -127,7 +130,7 @@ def test_nothing_is_left_of_a_client_that_hung_up(monkeypatch: pytest.MonkeyPatc
         raise AssertionError("sent")
 
     async def hang_up() -> None:
-        sending = asyncio.ensure_future(transport.send(upstream, None, tokenized))
+        sending = asyncio.ensure_future(transport.send(upstream, MANAGER, tokenized))
         await asyncio.sleep(0.05)
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):

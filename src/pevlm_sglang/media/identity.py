@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from pevlm_sglang.media.stages import stage
+
 _STAMP = "_pevlm_stamp"
 
 
@@ -48,11 +50,12 @@ def source_digest(video: Any) -> bytes | None:
     """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``; None for what SGLang did not
     open."""
     source = getattr(video, "_source", None)
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
-    if isinstance(source, str):
-        with open(source, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+    with stage("hash"):
+        if isinstance(source, bytes):
+            return hashlib.sha256(source).digest()
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
     return None
 
 

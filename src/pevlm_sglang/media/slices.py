@@ -12,11 +12,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
 
+from pevlm_sglang.media.stages import frames_decoded, stage
 from pevlm_sglang.media.video_file import decoded, frame_bytes
 
 SLICE_FRAMES = 32
@@ -50,7 +52,7 @@ class Reader:
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function in a thread of the pool. Cancelled, it has ended or was never begun."""
-        called = self._pool.submit(function, *args)
+        called = self._pool.submit(copy_context().run, function, *args)
         result = asyncio.wrap_future(called)
         try:
             return await asyncio.shield(result)
@@ -108,7 +110,7 @@ class Reader:
                 held = frame * len(part)
                 await self._memory.take(held)
                 try:
-                    frames = await self.run(decoded, video, list(part))
+                    frames = await self.run(_decoded, video, list(part))
                     if last is not None:
                         await last
                     last = asyncio.ensure_future(self._work(work, at, frames, held))
@@ -130,6 +132,13 @@ class Reader:
 
     def shutdown(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def _decoded(video: Any, indices: list[int]) -> torch.Tensor:
+    with stage("decode"):
+        frames = decoded(video, indices)
+    frames_decoded(len(indices))
+    return frames
 
 
 def segments(

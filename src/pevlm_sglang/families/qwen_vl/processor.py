@@ -28,6 +28,7 @@ from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
 from pevlm_sglang.families.qwen_vl.video import Patcher, empty_patches, normalization, sample
 from pevlm_sglang.media.identity import identity
 from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
@@ -65,7 +66,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         """
         sources, wishes = self.wishes(video_data)
         asked = any(wish.given() for wish in wishes)
-        loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
+        with stage("fetch"):
+            loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
         encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
         if asked and not all(encoded):
             raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
