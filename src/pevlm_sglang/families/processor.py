@@ -23,6 +23,7 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
@@ -90,6 +91,12 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             wish.check(self.geometry.limits(self.settings))
         return sources, wishes
 
+    def heeded(self, video: Any, wish: Wishes) -> Wishes:
+        """What is wished of a loaded video; see :meth:`FrameArrays.heed`."""
+        if not isinstance(video, FrameArrays):
+            return wish
+        return video.heed(wish, self.geometry.limits(self.settings)["max_frames"])
+
     async def read(
         self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
     ) -> bytes | None:
@@ -127,7 +134,10 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: see :meth:`read`.
         """
-        indices = self.geometry.indices(*length_and_rate(video), settings)
+        if isinstance(video, FrameArrays):
+            indices = list(range(len(video)))
+        else:
+            indices = self.geometry.indices(*length_and_rate(video), settings)
         distinct = sorted(set(indices))
         stack = _Stack(len(distinct), pixels)
         digest = await self.read(video, distinct, stack)
@@ -270,6 +280,7 @@ class PlaceholderProcessor(VideoProcessor):
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
         for video, wish in zip(loaded.videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             work.append(self.video(video, self.settings.wished(wish)))
         media = await all_of(work)
         rest = {

@@ -150,8 +150,10 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        counts = share([wish.max_frames for wish in wishes], default, most)
-        if min(counts) < default and any(wish.max_frames is None for wish in wishes):
+        heeded = map(self.heeded, media.videos, wishes)
+        asked = [wish.max_frames for wish in heeded]
+        counts = share(asked, default, most)
+        if min(counts) < default and None in asked:
             logger.warning(
                 f"PEVLM: {counts} frames of {len(counts)} videos in place of {default} each: the "
                 f"context of {self.max_context_len} tokens holds {most}"

@@ -68,9 +68,12 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
         encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
         if asked and not all(encoded):
-            raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
+            raise ValueError(
+                "fps, max_frames, max_pixels: expected a video that is not processed yet, got one "
+                "that is"
+            )
         if any(encoded) and not all(encoded):
-            raise ValueError("videos: expected all of them encoded or none, got some of each")
+            raise ValueError("videos: expected all of them processed or none, got some of each")
         if any(encoded):
             # SGLang drops videos without a placeholder, which come last.
             videos = await self._patched(loaded.videos, wishes[: len(encoded)])
@@ -81,6 +84,7 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         """Sample, resize and patchify the videos of a prompt."""
         planned = []
         for video, wish in zip(videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
             planned.append(sample(video, self.geometry, settings))
         grids = [one.grid(self.geometry) for one in planned]
