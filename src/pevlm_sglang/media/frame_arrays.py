@@ -1,8 +1,9 @@
-"""Frames in place of a file: pictures in a list, or one array of them, sampled by whoever sends them.
+"""Frames in place of a file: pictures in a list or in one array, sampled by whoever sends them.
 
 All of them are taken, at two a second unless the request says ``fps`` beside them, as qwen-vl-utils
-takes a list. SGLang hands them to transformers without a rate, which then takes 24 a second for
-granted, and samples what is sampled already.
+takes a list; and resized as a file's, where that resizes twice, to multiples of four patches first.
+SGLang hands them to transformers without a rate, which takes 24 a second for granted, and samples
+what is sampled already.
 """
 
 from __future__ import annotations
