@@ -1,4 +1,4 @@
-"""Every way by which a video comes in gives the same prompt and pixels, in every family; or HTTP 400.
+"""Every way by which a video comes in: the same prompt and pixels in every family, or HTTP 400.
 
 The table in docs/serving.md says which. Sessions and batches are tested on servers.
 """
@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pevlm_sglang.families.frame_counts import FrameSettings
+from pevlm_sglang.families.internvl.sizes import InternVLGeometry
 from support.families import internvl_model, internvl_upstream, llava_video_tiny, longvila
 from support.processor import Processor, sglang_processor
 from support.tiny import make_tiny_model
@@ -34,7 +36,7 @@ PROMPTS = {
     "llava_video": "Look: <video>What?",
     "longvila": f"Look: {longvila.VIDEO}What?",
 }
-FAMILIES = tuple(PROMPTS)
+INTERNVL_SAMPLES = InternVLGeometry().indices(FRAMES, 2.0, FrameSettings(num_frames=FRAMES))
 SETTINGS = {name: {"num_frames": FRAMES} for name in PROMPTS} | {
     name: {"min_pixels": 3136} for name in PROMPTS if name.startswith("qwen")
 }
@@ -46,15 +48,16 @@ def started(family: str, directory: Path) -> Iterator[Processor]:
     import transformers
     from sglang.srt.utils.hf_transformers_utils import get_config, get_processor
 
-    video = SETTINGS[family]
+    video, kind = SETTINGS[family], None
     if family == "internvl":
         model = internvl_model.make_tiny_model(directory)
         with internvl_upstream.processor(model, video=video) as found:
             yield found
         return
     if family.startswith("qwen"):
-        from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor as kind
+        from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor
 
+        kind = QwenVLProcessor
         older = "qwen2_5_vl" if family == "qwen3_vl" else family
         path = make_tiny_model(directory, architecture=older, num_layers=1, vision_depth=1)
         config = transformers.AutoConfig.from_pretrained(path)
@@ -71,15 +74,17 @@ def started(family: str, directory: Path) -> Iterator[Processor]:
             )
     elif family == "llava_video":
         from pevlm_sglang.families.llava_video.checkpoint import load_processor
-        from pevlm_sglang.families.llava_video.processor import LlavaVideoProcessor as kind
+        from pevlm_sglang.families.llava_video.processor import LlavaVideoProcessor
 
+        kind = LlavaVideoProcessor
         path = llava_video_tiny.make_tiny_model(directory / "model")
         config = transformers.AutoConfig.from_pretrained(path)
         processor = load_processor(get_processor, str(path), model_name=str(path))
     else:
         from pevlm_sglang.families.longvila import checkpoint
-        from pevlm_sglang.families.longvila.processor import LongVilaProcessor as kind
+        from pevlm_sglang.families.longvila.processor import LongVilaProcessor
 
+        kind = LongVilaProcessor
         checkpoint.register()
         path = longvila.make_tiny_model(directory / "longvila")
         config = get_config(str(path), trust_remote_code=False)
@@ -88,7 +93,7 @@ def started(family: str, directory: Path) -> Iterator[Processor]:
         yield found
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PROMPTS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -171,8 +176,10 @@ def test_http(process: Any, clip: Path, http_url: str) -> None:
 
 
 @pytest.mark.parametrize("route", ARRAYS)
-def test_arrays(process: Any, clip: Path, frames: Any, route: str) -> None:
-    check_same(process([ARRAYS[route](frames)]), process([str(clip)]), one_file=False)
+def test_arrays(process: Any, family: str, clip: Path, frames: Any, route: str) -> None:
+    """The frames that are sampled from the file."""
+    sampled = frames if family != "internvl" else frames[INTERNVL_SAMPLES]
+    check_same(process([ARRAYS[route](sampled)]), process([str(clip)]), one_file=False)
 
 
 def test_other_arrays_are_another_video(process: Any, frames: Any) -> None:
@@ -196,7 +203,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("route", REFUSED)
 def test_refused(process: Any, route: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"(?i)video"):
         process([REFUSED[route]])
 
 

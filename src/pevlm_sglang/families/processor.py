@@ -260,9 +260,9 @@ class PlaceholderProcessor(VideoProcessor):
         """
         videos, wishes = self.wishes(request_obj.video_data)
         images = list(image_data or ())
-        if any(isinstance(medium, dict) for medium in (*images, *videos)):
+        if any(isinstance(image, dict) for image in images):
             raise ValueError(
-                "image_data, video_data: expected a file, URL or bytes, got a dict; features that "
+                "image_data: expected a file, URL or bytes, got a dict; features that "
                 "are processed already are not taken"
             )
         pieces, order = self.tokenize(input_text, len(images), len(videos))

@@ -106,6 +106,17 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             video_token_id=self.video_token_id,
         )
 
+    async def _process_special_format(
+        self, image_data: Any, video_data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """SGLang's way for what is processed already: images alone.
+
+        Raises:
+            ValueError: a video.
+        """
+        self.wishes(video_data)
+        return await super()._process_special_format(image_data, video_data, *args, **kwargs)
+
     # --- Media ------------------------------------------------------------------------------
 
     def _most(self, request_obj: Any, kind: str) -> int:
