@@ -218,6 +218,7 @@ NO_ANSWERS = {  # what does not make a model write text, or is about the server
     *("/update_weights_from_tensor", "/update_weights_from_distributed"),
     *("/update_weights_from_ipc", "/begin_weight_update", "/end_weight_update"),
     *("/get_weights_by_name", "/weights_checker", "/slow_down", "/pd_role_switch"),
+    "/scale_elastic_ep",
     *("/release_memory_occupation", "/resume_memory_occupation"),
     *("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter"),
     *("/pause_generation", "/continue_generation"),
