@@ -163,6 +163,17 @@ def test_a_video_where_it_would_be_dropped(path: str, body: Any) -> None:
     assert f"got on {path}, which drops it" in json.loads(answer)["message"]
 
 
+@pytest.mark.parametrize("path", [*CHATS, "/v1/responses"])
+@pytest.mark.parametrize(("value", "written"), [(True, "true"), (False, "false")])
+def test_a_number_that_is_none(path: str, value: bool, written: str) -> None:
+    part = {"type": "video_url", "video_url": {"url": "a", "max_frames": value}}
+    body = chat(part, name="input" if path == "/v1/responses" else "messages")
+    status, answer = ask(path, json.dumps(body).encode())
+    assert status == 400
+    expected = f"PEVLM: max_frames: expected a number, got {written}"
+    assert json.loads(answer)["message"] == expected
+
+
 @pytest.mark.parametrize("path", CHATS)
 def test_a_response_format_that_is_none(path: str) -> None:
     for form, expected in (

@@ -94,6 +94,11 @@ def refusal(path: str, body: bytes) -> str | None:
         form = content.get("response_format")
         if form is not None and not isinstance(form, dict):  # HTTP 500 of SGLang's model
             return f"response_format: expected an object, got {str(form)[:50]!r}"
+    for part in _parts(content):
+        for url in _each(part.get("video_url")):
+            for name in WISHES:  # SGLang's model takes true for 1
+                if isinstance(value := url.get(name), bool):
+                    return f"PEVLM: {name}: expected a number, got {json.dumps(value)}"
     for place, mapping in _places(path, content):
         for name in WISHES:
             if mapping.get(name) is not None:

@@ -298,7 +298,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_frames": 10}, {"max_frames": 11}, "max_frames: expected at most 10"),
         ({}, {"max_frames": 1.5}, "max_frames: expected a whole number"),
-        ({}, {"max_frames": 1}, "nframes"),
+        ({}, {"max_frames": 1}, "max_frames: expected at least 2 sampled frames, got 1"),
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),

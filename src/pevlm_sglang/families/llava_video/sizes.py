@@ -114,7 +114,9 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     tower: Mapping[str, Any] = vars(PUBLISHED["llava_video"])
     if (name := config.get("mm_vision_tower")) != _SIGLIP:
-        tower = read_json(Path(str(name)) / "config.json")
+        if not isinstance(name, str):
+            raise ValueError(f"mm_vision_tower: expected a name or a folder, got {name!r}")
+        tower = read_json(Path(name) / "config.json")
         tower = section(tower, "vision_config", tower)
     image_size, patch_size = whole(tower, "image_size"), whole(tower, "patch_size")
     return LlavaGeometry(

@@ -145,12 +145,20 @@ class QwenGeometry(Geometry):
             bounded = min(max(wanted, least), settings.max_frames, total_frames)
             frames = _multiple(bounded, _FRAME_FACTOR, math.floor)
         if frames < _FRAME_FACTOR:
+            if total_frames < _FRAME_FACTOR:
+                raise ValueError(
+                    f"video: expected at least {_FRAME_FACTOR} frames, which this model sees as "
+                    f"one step, got {total_frames}; send a single frame as an image"
+                )
+            name = "max_frames" if settings.nframes is None else "nframes"
             raise ValueError(
-                f"sampled frames: expected nframes of at least {_FRAME_FACTOR}, got {frames}"
+                f"{name}: expected at least {_FRAME_FACTOR} sampled frames, got "
+                f"{getattr(settings, name)}"
             )
         if frames > total_frames:
             raise ValueError(
-                f"sampled frames: the video has only {total_frames}, got nframes {frames}"
+                f"nframes: expected at most the video's {total_frames} frames, got {frames}; a "
+                "request with fps or max_frames takes fewer"
             )
         return frames
 
