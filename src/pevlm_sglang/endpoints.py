@@ -116,7 +116,7 @@ def refusal(path: str, body: bytes) -> str | None:
 
 
 WITHOUT_VIDEOS = (
-    *("/v1/completions", "/v1/responses", "/v1/messages", "/vertex_generate"),
+    *("/v1/completions", "/v1/messages", "/vertex_generate"),
     *("/api/chat", "/api/generate"),
 )
 """Paths of text that SGLang generates, and of no videos."""
@@ -132,7 +132,7 @@ def _places(path: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Mappin
             yield name, value
     for value in _each(content.get("instances")):
         yield "instances", value
-    if path not in CHATS:
+    if path not in (*CHATS, "/v1/responses"):
         for part in _parts(content):
             yield "a part of a message", part
             for name in _VIDEO_KEYS:
