@@ -15,6 +15,8 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from pevlm_sglang.media.stages import ServerTiming
+
 CHATS = ("/v1/chat/completions", "/invocations")  # SageMaker's form of it
 OBEYED = (*CHATS, "/v1/completions", "/generate", "/vertex_generate")
 """Paths on which ``custom_params`` reaches the scheduler."""
@@ -41,8 +43,10 @@ _Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 def guard_http_server() -> None:
     """Put the check in front of the endpoints of this process's HTTP server, where it has one:
-    behind all other middleware, which checks keys and decompresses bodies."""
+    behind all other middleware, which checks keys and decompresses bodies, and says in each
+    response where the time of its media went."""
     if (server := sys.modules.get("sglang.srt.entrypoints.http_server")) is not None:
+        server.app.add_middleware(ServerTiming)
         server.app.add_middleware(RefuseDropped)
         server.app.user_middleware.append(server.app.user_middleware.pop(0))
 

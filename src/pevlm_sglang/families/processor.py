@@ -27,6 +27,7 @@ from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 from pevlm_sglang.settings.config import PevlmConfig
@@ -149,10 +150,11 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, but never on the event loop, which is where that runs on a GPU."""
-        if self.mm_processor_executor is not None:
-            return await super().process_and_combine_mm_data_async(*args, **kwargs)
-        work = partial(self.process_and_combine_mm_data, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._processing, work)
+        with stage("process"):
+            if self.mm_processor_executor is not None:
+                return await super().process_and_combine_mm_data_async(*args, **kwargs)
+            work = partial(self.process_and_combine_mm_data, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._processing, work)
 
 
 class _Stack:
@@ -166,7 +168,8 @@ class _Stack:
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`."""
         for at, frame in enumerate(np.asarray(frames.cpu()), start):
-            made = self._pixels(Image.fromarray(frame))
+            with stage("process"):
+                made = self._pixels(Image.fromarray(frame))
             with self._lock:
                 if not len(self.rows):
                     self.rows = torch.empty(self._count, *made.shape, dtype=made.dtype)
@@ -272,7 +275,8 @@ class PlaceholderProcessor(VideoProcessor):
                     f"prompt: expected {len(given)} of {self.placeholders[kind]}, one for each "
                     f"{kind.name.lower()}, got {order.count(kind)}"
                 )
-        loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
+        with stage("fetch"):
+            loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from pevlm_sglang.media.frame_arrays import FrameArrays
+from pevlm_sglang.media.stages import stage
 
 _STAMP = "_pevlm_stamp"
 
@@ -52,11 +53,12 @@ def source_digest(video: Any) -> bytes | None:
     if isinstance(video, FrameArrays):
         return video.digest
     source = getattr(video, "_source", None)
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
-    if isinstance(source, str):
-        with open(source, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+    with stage("hash"):
+        if isinstance(source, bytes):
+            return hashlib.sha256(source).digest()
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
     return None
 
 

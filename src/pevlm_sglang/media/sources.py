@@ -18,6 +18,7 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
+from pevlm_sglang.media import limits
 from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
@@ -63,6 +64,7 @@ class SafeSources:
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
+        limits.limits.check_source(data)
         with reading():
             if modality == Modality.IMAGE:
                 check_path(data)

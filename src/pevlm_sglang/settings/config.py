@@ -74,6 +74,28 @@ class PevlmConfig:
         per_request=False,
     )
 
+    media_paths: str = _option(
+        "",
+        "directories, with colons between them, below which requests may name files; empty = all "
+        "where the server listens on its own machine alone, none elsewhere; / = all",
+        per_request=False,
+    )
+    max_source_mb: int = _option(
+        4096,
+        "of a file, or of media inside a request, in MiB",
+        least=1,
+        per_request=False,
+    )
+    max_video_seconds: int = _option(
+        14_400, "of a video, whose sampled frames are decoded", least=1, per_request=False
+    )
+    max_frame_megapixels: int = _option(
+        64,
+        "of a video's frame before its resize, x 1,048,576",
+        least=1,
+        per_request=False,
+    )
+
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value: Any = getattr(self, option.name)

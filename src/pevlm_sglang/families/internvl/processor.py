@@ -30,6 +30,7 @@ from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
 from pevlm_sglang.media.identity import identity, pixels_digest
 from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,14 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             ValueError: HTTP 400.
         """
         videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
-        media = await self.load_mm_data(
-            prompt=self._with_placeholders(input_text or "", image_data or (), videos),
-            image_data=image_data,
-            video_data=videos,
-            multimodal_tokens=self.mm_tokens,
-            discard_alpha_channel=True,
-        )
+        with stage("fetch"):
+            media = await self.load_mm_data(
+                prompt=self._with_placeholders(input_text or "", image_data or (), videos),
+                image_data=image_data,
+                video_data=videos,
+                multimodal_tokens=self.mm_tokens,
+                discard_alpha_channel=True,
+            )
         most_of = {kind: self._most(request_obj, kind) for kind in ("image", "video")}
         pictures = [image.convert("RGB") for image in media.images]
         images = await all_of(
@@ -190,8 +192,9 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         self, text: str, images: Sequence[_Tiles], videos: Sequence[_Tiles]
     ) -> tuple[list[int], list[MultimodalDataItem]]:
         """The expanded text's tokens, and an item an image or video."""
-        expanded = self._expanded(text, images, videos)
-        ids = self.tokenizer(expanded, return_tensors="pt")["input_ids"].flatten()
+        with stage("process"):
+            expanded = self._expanded(text, images, videos)
+            ids = self.tokenizer(expanded, return_tensors="pt")["input_ids"].flatten()
         items = [
             *self._items(Modality.IMAGE, ids, images),
             *self._items(Modality.VIDEO, ids, videos),

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
 from pevlm_sglang.media.frame_arrays import FrameArrays
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 
 _PIXELS_AT_ONCE = 1 << 22  # of a resize in fp32
@@ -123,7 +124,12 @@ class Patcher:
 
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`; ``start`` begins a step."""
-        pixels = resized(frames, self._size, exact=self._exact)
+        with stage("resize"):
+            pixels = resized(frames, self._size, exact=self._exact)
+        with stage("process"):
+            self._write(start, pixels)
+
+    def _write(self, start: int, pixels: torch.Tensor) -> None:
         if missing := -len(pixels) % self._per_step:  # of a video's last step
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         steps = self._steps[start // self._per_step :]
