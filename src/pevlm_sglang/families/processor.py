@@ -23,10 +23,11 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
+from pevlm_sglang.media import told
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
-from pevlm_sglang.media.sources import SafeSources
+from pevlm_sglang.media.sources import SafeSources, check_processed
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
@@ -56,6 +57,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
+        self._prompt_limit: int | None = None
 
     def shutdown(self) -> None:
         self.reader.shutdown()
@@ -97,6 +99,59 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         if not isinstance(video, FrameArrays):
             return wish
         return video.heed(wish, self.geometry.limits(self.settings)["max_frames"])
+
+    async def process_mm_data_async(
+        self,
+        image_data: Any,
+        audio_data: Any = None,
+        input_text: Any = "",
+        request_obj: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Tokens and items of a request's prompt and media.
+
+        Raises:
+            ValueError: what cannot be served, as HTTP 400.
+        """
+        self.begin(request_obj, **kwargs)
+        return await super().process_mm_data_async(
+            image_data=image_data,
+            audio_data=audio_data,
+            input_text=input_text,
+            request_obj=request_obj,
+            **kwargs,
+        )
+
+    def begin(self, request: Any, max_req_input_len: int | None = None, **_: Any) -> None:
+        """Refuse what a request says about its media, and this processor does not read.
+
+        Args:
+            max_req_input_len: of the server, SGLang's; a prompt has fewer tokens.
+        """
+        self._prompt_limit = max_req_input_len
+        told.check(request)
+        for name in ("image_data", "video_data"):
+            for medium in getattr(request, name, None) or ():
+                check_processed(medium)
+        for kind in ("image", "video"):
+            self.most_tiles(request, kind)
+
+    def most_tiles(self, request: Any, kind: str) -> int:
+        """Tiles that a picture of the request may become, see :func:`told.most_tiles`."""
+        return told.most_tiles(request, kind, 1, 0)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse media that no prompt holds, before any of them is decoded: a file of some kB can
+        become the pixels of as many frames as its request asks for.
+
+        Args:
+            tokens: of all media of a prompt.
+        """
+        if self._prompt_limit is not None and tokens >= self._prompt_limit:
+            raise ValueError(
+                f"videos and images: expected fewer than {self._prompt_limit} tokens, what a "
+                f"prompt may have on this server, got {tokens}; ask for fewer frames or pixels"
+            )
 
     async def read(
         self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
@@ -233,6 +288,10 @@ class PlaceholderProcessor(VideoProcessor):
     async def video(self, video: Any, settings: Any) -> Medium:
         """A video; see :meth:`sampled`."""
 
+    @abstractmethod
+    def video_tokens(self, frames: int) -> int:
+        """Placeholders of a video."""
+
     def tokenize(
         self, prompt: str | Sequence[int], images: int, videos: int
     ) -> tuple[list[list[int]], list[Modality]]:
@@ -261,6 +320,7 @@ class PlaceholderProcessor(VideoProcessor):
             ValueError: a medium that cannot be read, a wish that cannot be met, or placeholders
                 that do not fit the media.
         """
+        self.begin(request_obj, **kwargs)
         videos, wishes = self.wishes(request_obj.video_data)
         images = list(image_data or ())
         if any(isinstance(image, dict) for image in images):
@@ -277,15 +337,24 @@ class PlaceholderProcessor(VideoProcessor):
                 )
         with stage("fetch"):
             loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
+        settings = [
+            self.settings.wished(self.heeded(video, wish))
+            for video, wish in zip(loaded.videos, wishes, strict=True)
+        ]
+        self.check_length(
+            sum(
+                self.video_tokens(len(self.geometry.indices(*length_and_rate(video), one)))
+                for video, one in zip(loaded.videos, settings, strict=True)
+            )
+        )
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [
             self.reader.run(partial(self.image, image, kind, alone=alone))
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
-        for video, wish in zip(loaded.videos, wishes, strict=True):
-            wish = self.heeded(video, wish)
-            work.append(self.video(video, self.settings.wished(wish)))
+        for video, one in zip(loaded.videos, settings, strict=True):
+            work.append(self.video(video, one))
         media = await all_of(work)
         rest = {
             Modality.IMAGE: iter(media[: len(images)]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -30,6 +31,11 @@ class VideoTokens:
     grid: tuple[int, int, int] | None = None
 
 
+RATES = (1e-4, 1e3)
+"""Least and most frames sampled from a second of video, whoever asks: one in three hours, and more
+than any file has. Beyond them, a quotient of two rates has no value in floating point."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Video settings of a server: keys of SGLang's ``--mm-process-config '{"video": {...}}'``.
@@ -49,7 +55,14 @@ class Settings:
             ok = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not ok or not 0 < value < math.inf:
                 kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{field.name}: expected {kind} of more than 0, got {value!r}")
+                raise ValueError(
+                    f"{field.name}: expected {kind} of more than 0, got {reprlib.repr(value)}"
+                )
+            if field.name == "fps" and not RATES[0] <= value <= RATES[1]:
+                raise ValueError(
+                    f"fps: expected {RATES[0]:g} to {RATES[1]:g} frames a second, "
+                    f"got {reprlib.repr(value)}"
+                )
 
     @classmethod
     def of(cls, values: Mapping[str, Any], names: Sequence[str], **defaults: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,17 +20,21 @@ def tile_layout(
         size: pixels a side of a tile.
         most, least: tiles.
     """
-    layouts = sorted(
-        {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most},
-        key=lambda layout: layout[0] * layout[1],
-    )
     best, closest = (1, 1), float("inf")
-    for columns, rows in layouts:
+    for columns, rows in _layouts(least, most):
         distance = abs(width / height - columns / rows)
         fills = width * height > 0.5 * size * size * columns * rows
         if distance < closest or (distance == closest and fills):
             best, closest = (columns, rows), distance
     return best
+
+
+@lru_cache(maxsize=16)  # every frame asks
+def _layouts(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    layouts = {
+        (i, j) for i in range(1, most + 1) for j in range(1, most // i + 1) if least <= i * j
+    }
+    return tuple(sorted(layouts, key=lambda layout: layout[0] * layout[1]))
 
 
 def cut(image: Image.Image, size: int, most: int, *, least: int = 1) -> list[Image.Image]:

@@ -8,11 +8,14 @@ ends among them.
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import numpy as np
+import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
@@ -21,6 +24,10 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 from pevlm_sglang.media import limits
 from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
+
+_FEATURES = ("feature", "precomputed_embeddings", "pixel_values", "pixel_values_videos")
+_EMBEDDINGS = ("precomputed_embedding", "PRECOMPUTED_EMBEDDING")
+_MOST_MERGED = 64  # patches that become one feature
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
 
@@ -57,6 +64,44 @@ def check_path(source: Any) -> None:
     path = unquote(urlparse(source).path) if source.startswith("file://") else source
     if not os.path.isfile(path):
         raise ValueError(f"image: expected a file, got {source[:100]}")
+
+
+def check_processed(medium: Any) -> None:
+    """Refuse an input that is said to be processed already and is none: JSON has no tensors, and
+    the scheduler does not survive what has the place of one.
+
+    Args:
+        medium: an image or video, as SGLang takes it.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if not isinstance(medium, dict) or "format" not in medium:
+        return
+    features = {name: medium[name] for name in _FEATURES if name in medium}
+    for name, value in features.items():
+        if not isinstance(value, torch.Tensor | np.ndarray) or value.ndim < 2 or not len(value):
+            raise ValueError(f"{name}: expected a tensor of features, got {reprlib.repr(value)}")
+    if not features or (medium["format"] in _EMBEDDINGS and "feature" not in features):
+        raise ValueError(
+            f"image or video in the format {str(medium['format'])[:50]}: expected its features, "
+            "got none"
+        )
+    rows = sum(len(value) for value in features.values())
+    for name in ("image_grid_thw", "video_grid_thw"):
+        if (grid := medium.get(name)) is None:
+            continue
+        try:
+            sides = torch.as_tensor(grid, dtype=torch.float64).view(-1, 3)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            sides = torch.zeros(1, 3)
+        # Its product is the length of what is made from it, whatever there is of features.
+        total = float(sides.prod(1).sum())
+        if not (sides >= 1).all() or not rows <= total <= _MOST_MERGED * rows:
+            raise ValueError(
+                f"{name}: expected the steps, rows and columns of {rows} features, "
+                f"got {reprlib.repr(grid)}"
+            )
 
 
 class SafeSources:

@@ -8,6 +8,7 @@ the server's limits.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,7 +38,9 @@ class Wishes:
             ok = isinstance(value, kind) and not isinstance(value, bool)
             if not ok or not 0 < value < math.inf:
                 expected = "a whole number" if whole else "a number"
-                raise ValueError(f"{name}: expected {expected} of more than 0, got {value!r}")
+                raise ValueError(
+                    f"{name}: expected {expected} of more than 0, got {reprlib.repr(value)}"
+                )
 
     def given(self) -> dict[str, Any]:
         """The wishes that were expressed."""
@@ -60,7 +63,7 @@ class Wishes:
             if value > limits[name]:
                 raise ValueError(
                     f"{name}: expected at most {limits[name]:g}, the server's limit, "
-                    f"got {value:g}; --mm-process-config raises it"
+                    f"got {reprlib.repr(value)}; --mm-process-config raises it"
                 )
 
 
@@ -86,8 +89,6 @@ def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
 
 
 def _split(video: Any) -> tuple[Any, Wishes]:
-    source: Any
-    wishes: Mapping[str, Any] | None
     if isinstance(video, Mapping):
         if "url" not in video:
             raise ValueError(
@@ -95,10 +96,11 @@ def _split(video: Any) -> tuple[Any, Wishes]:
                 f"{_PROCESSED if 'format' in video else 'another one'}"
             )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
-        if unknown := [name for name in wishes if name not in _NAMES]:
-            raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
-    elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
-        source = video.url
+    elif (told := getattr(video, "preprocess_kwargs", None)) is not None:
+        # SGLang's chat endpoint says the number of tiles beside the video too, see ``told``.
+        source, wishes = video.url, {k: v for k, v in told.items() if k != "max_dynamic_patch"}
     else:
         return video, Wishes()
-    return source, Wishes(**{name: wishes[name] for name in _NAMES if name in wishes})
+    if unknown := [name for name in wishes if name not in _NAMES]:
+        raise ValueError(f"video {str(unknown[0])[:50]}: expected one of {', '.join(_NAMES)}")
+    return source, Wishes(**wishes)

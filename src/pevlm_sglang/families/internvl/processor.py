@@ -28,6 +28,7 @@ from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
+from pevlm_sglang.media import told
 from pevlm_sglang.media.identity import identity, pixels_digest
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
@@ -86,13 +87,15 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
                 multimodal_tokens=self.mm_tokens,
                 discard_alpha_channel=True,
             )
-        most_of = {kind: self._most(request_obj, kind) for kind in ("image", "video")}
-        pictures = [image.convert("RGB") for image in media.images]
-        images = await all_of(
-            self.reader.run(self._image, picture, most_of["image"]) for picture in pictures
+        most_of = {kind: self.most_tiles(request_obj, kind) for kind in ("image", "video")}
+        image_tiles = sum(
+            num_tiles(image.width, image.height, self._size, most_of["image"])
+            for image in media.images
         )
-        counts = self._counts(
-            media, wishes, sum(image.per_run for image in images), most_of["video"]
+        self.check_length(image_tiles * self.num_image_token)
+        counts = self._counts(media, wishes, image_tiles, most_of["video"])
+        images = await all_of(
+            self.reader.run(self._image, picture, most_of["image"]) for picture in media.images
         )
         sampled = await all_of(
             self._sample(video, count, most_of["video"])
@@ -121,17 +124,17 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
 
     # --- Media ------------------------------------------------------------------------------
 
-    def _most(self, request_obj: Any, kind: str) -> int:
+    def most_tiles(self, request: Any, kind: str) -> int:
         """Tiles of a picture at most: the request's, or one a frame and twelve an image."""
         default = self.IMAGE_MAX_NUM if kind == "image" else self.VIDEO_MAX_NUM
-        given = getattr(request_obj, f"{kind}_max_dynamic_patch", None)
-        return max(1, int(given or getattr(request_obj, "max_dynamic_patch", None) or default))
+        held = int(self.max_context_len) // self.num_image_token
+        return told.most_tiles(request, kind, default, max(default, held))
 
     def _tiles(self, picture: Image.Image, most: int) -> torch.Tensor:
         return tiles_of(picture, self._size, most).to(self._dtype)
 
     def _image(self, picture: Image.Image, most: int) -> _Tiles:
-        tiles = self._tiles(picture, most)
+        tiles = self._tiles(picture.convert("RGB"), most)
         return _Tiles(tiles[None], pixels_digest(tiles))
 
     async def _sample(self, video: Any, count: int, most: int) -> _Tiles:

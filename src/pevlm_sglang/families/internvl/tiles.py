@@ -35,4 +35,4 @@ def tiles_of(picture: Image.Image, size: int, most: int) -> torch.Tensor:
         most: tiles, the thumbnail aside.
     """
     pixels = np.stack([np.array(tile) for tile in cut(picture, size, most)])
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - _MEAN) / _STD
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255).sub_(_MEAN).div_(_STD)

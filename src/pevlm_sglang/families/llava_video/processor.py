@@ -58,6 +58,9 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
             kinds = [Modality.VIDEO] * len(kinds)
         return pieces, kinds
 
+    def video_tokens(self, frames: int) -> int:
+        return self._layout.tokens(frames)
+
     async def video(self, video: Any, settings: Any) -> Medium:
         pixels, source = await self.sampled(video, settings, self._pixels)
         tokens, data = self._layout.tokens(len(pixels)), {FRAMES: len(pixels)}

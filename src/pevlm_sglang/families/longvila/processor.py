@@ -38,6 +38,9 @@ class LongVilaProcessor(PlaceholderProcessor):
         geometry: LongVilaGeometry = hf_config.geometry
         return geometry
 
+    def video_tokens(self, frames: int) -> int:
+        return frames * self.geometry.tokens_per_frame
+
     async def video(self, video: Any, settings: Any) -> Medium:
         pixels, source = await self.sampled(video, settings, lambda frame: self._pixels([frame])[0])
         return self._medium(Modality.VIDEO, pixels, source=source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Modality
@@ -80,6 +81,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
             planned.append(sample(video, self.geometry, settings))
         grids = [one.grid(self.geometry) for one in planned]
+        merged = self.geometry.merge_size**2
+        self.check_length(sum(prod(grid) // merged for grid in grids))
         patches, *parts = empty_patches(grids, self.geometry, self._dtype)
         digests = await all_of(
             self.read(
