@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pevlm_sglang.media.stages import STAGES
 from server.conftest import FEW_TOKENS
 from support.server import Server
 from support.video import video_data_url
@@ -371,6 +373,26 @@ def test_counters(server: Server, clip: Callable[..., Path]) -> None:
         == _counters(server)['pevlm_prefill_tokens_total{kind="sparse",reason=""}']
     )
     assert f"#sparse-token: {8 * 12}, #block: 8, visible_fraction: " in server.log()
+
+
+def test_where_the_time_of_a_video_went(server: Server, clip: Callable[..., Path]) -> None:
+    """In the response, the metrics and the log; of text, nothing."""
+    message = {"role": "user", "content": [_video(video_data_url(clip(10, seed=11))), QUESTION]}
+    before = _counters(server)
+    answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [message]})
+    stages = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
+    assert list(stages) == [name for name in STAGES if name in stages]
+    assert {"fetch", "decode", "process", "hash", "transfer"} <= {*stages}
+    assert all(float(milliseconds) >= 0 for milliseconds in stages.values())
+    grown = {name: value - before.get(name, 0) for name, value in _counters(server).items()}
+    assert grown["pevlm_media_frames_total"] == 20
+    for stage, milliseconds in stages.items():
+        assert grown[f'pevlm_media_seconds_count{{stage="{stage}"}}'] == 1
+        seconds = grown[f'pevlm_media_seconds_sum{{stage="{stage}"}}']
+        assert seconds == pytest.approx(float(milliseconds) / 1000, abs=1e-3)
+    assert "PEVLM media, #frame: 20, fetch " in server.log()
+    text = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert "server-timing" not in server.post("/v1/chat/completions", text).headers
 
 
 def _counters(server: Server) -> dict[str, float]:
