@@ -136,12 +136,11 @@ def _places(path: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Mappin
             yield name, value
     for value in _each(content.get("instances")):
         yield "instances", value
-    if path not in (*CHATS, "/v1/responses"):
-        for part in _parts(content):
-            yield "a part of a message", part
-            for name in _VIDEO_KEYS:
-                for value in _each(part.get(name)):
-                    yield name, value
+    for part in _parts(content) if path not in CHATS else ():
+        yield "a part of a message", part
+        for name in _VIDEO_KEYS if path != "/v1/responses" else ():  # which obeys them in there
+            for value in _each(part.get(name)):
+                yield name, value
 
 
 def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
