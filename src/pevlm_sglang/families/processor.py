@@ -23,6 +23,7 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
+from pevlm_sglang.media.frames import FrameVideo, GivenFrames
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
@@ -86,8 +87,11 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             ValueError: a bad wish, or one beyond the server's limits.
         """
         sources, wishes = split(video_data)
-        for wish in wishes:
-            wish.check(self.geometry.limits(self.settings))
+        limits = self.geometry.limits(self.settings)
+        for source, wish in zip(sources, wishes, strict=True):
+            wish.check(limits)
+            if isinstance(source, GivenFrames):
+                Wishes(max_frames=len(source)).check(limits)
         return sources, wishes
 
     async def read(
@@ -127,7 +131,11 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: see :meth:`read`.
         """
-        indices = self.geometry.indices(*length_and_rate(video), settings)
+        length, rate = length_and_rate(video)
+        if isinstance(video, FrameVideo):
+            indices = list(range(length))
+        else:
+            indices = self.geometry.indices(length, rate, settings)
         distinct = sorted(set(indices))
         stack = _Stack(len(distinct), pixels)
         digest = await self.read(video, distinct, stack)
@@ -250,11 +258,7 @@ class PlaceholderProcessor(VideoProcessor):
         """
         videos, wishes = self.wishes(request_obj.video_data)
         images = list(image_data or ())
-        if any(isinstance(medium, dict) for medium in (*images, *videos)):
-            raise ValueError(
-                "image_data, video_data: expected a file, URL or bytes, got a dict; features that "
-                "are processed already are not taken"
-            )
+        check_images(images)
         pieces, order = self.tokenize(input_text, len(images), len(videos))
         for kind, given in ((Modality.IMAGE, images), (Modality.VIDEO, videos)):
             if order.count(kind) != len(given):
@@ -305,6 +309,15 @@ class PlaceholderProcessor(VideoProcessor):
             mm_items=self._finalize_mm_items(items, images=None),
             im_token_id=self.token_ids[Modality.IMAGE],
             video_token_id=self.token_ids[Modality.VIDEO],
+        )
+
+
+def check_images(images: Sequence[Any]) -> None:
+    """Refuse images that are none any longer, by a ValueError."""
+    if any(isinstance(image, Mapping) for image in images):
+        raise ValueError(
+            "image: expected a file, URL or bytes, got a mapping; features that were processed "
+            "elsewhere (processor_output, precomputed_embedding) are not taken"
         )
 
 

@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from pevlm_sglang.media.frames import FrameVideo
+
 _STAMP = "_pevlm_stamp"
 
 
@@ -45,8 +47,10 @@ def check_unchanged(video: Any) -> None:
 
 
 def source_digest(video: Any) -> bytes | None:
-    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``; None for what SGLang did not
-    open."""
+    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``, or of the frames in its place; None
+    for what is neither."""
+    if isinstance(video, FrameVideo):
+        return video.digest()
     source = getattr(video, "_source", None)
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import numpy as np
-import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
+from pevlm_sglang.media.frames import GivenFrames
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
@@ -59,18 +58,6 @@ def check_path(source: Any) -> None:
         raise ValueError(f"image: expected a file, got {source[:100]}")
 
 
-def check_frames(source: Any) -> None:
-    """Refuse a list, in place of a video, of what are no pictures.
-
-    Raises:
-        ValueError: says what it holds.
-    """
-    if isinstance(source, list | tuple):
-        for frame in source:
-            if not isinstance(frame, Image.Image | np.ndarray | torch.Tensor):
-                raise ValueError(f"video: expected pictures in a list, got {str(frame)[:100]}")
-
-
 class SafeSources:
     """Of a processor, before SGLang's ``BaseMultimodalProcessor``."""
 
@@ -79,8 +66,8 @@ class SafeSources:
         with reading():
             if modality == Modality.IMAGE:
                 check_path(data)
-            if modality == Modality.VIDEO:
-                check_frames(data)
+            if isinstance(data, GivenFrames):
+                return data.open()
             stamp = file_stamp(data)
             loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs

@@ -2,7 +2,8 @@
 
 A chat request says it in the ``video_url`` part, beside ``url``; on ``/generate`` an entry of
 ``video_data`` may be a mapping with ``url`` and these names. It applies to that video alone, within
-the server's limits.
+the server's limits. Frames in place of a video are not sampled again; ``sample_fps`` beside them
+says how many of them are a second.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+from pevlm_sglang.media.frames import RATE, SAMPLE_FPS, GivenFrames, are_frames
 
 
 @dataclass(frozen=True)
@@ -65,31 +68,46 @@ class Wishes:
 
 
 _NAMES = tuple(field.name for field in fields(Wishes))
+_SAMPLING = ("fps", "max_frames")
 
 
 def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
-        video_data: of SGLang's ``GenerateReqInput``: paths, URLs or bytes, ``VideoData`` objects
-            (from ``video_url``), or mappings (from ``/generate``).
+        video_data: of SGLang's ``GenerateReqInput``: paths, URLs, bytes or frames, ``VideoData``
+            objects (from ``video_url``), or mappings (from ``/generate``).
 
     Raises:
-        ValueError: a bad value.
+        ValueError: a bad value, or a video that is no longer one.
     """
     pairs = [_split(video) for video in video_data or ()]
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
 def _split(video: Any) -> tuple[Any, Wishes]:
-    source: Any
-    wishes: Mapping[str, Any] | None
-    if isinstance(video, Mapping) and "url" in video:  # not an input that is processed already
+    source, wishes = video, {}
+    if isinstance(video, Mapping):
+        if "url" not in video:
+            raise ValueError(
+                "video: expected a file, URL, bytes or frames, or a mapping with url, got a "
+                f"mapping of {', '.join(map(str, video))[:100]}; features that were processed "
+                "elsewhere (processor_output, precomputed_embedding) are not taken"
+            )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
-        if unknown := [name for name in wishes if name not in _NAMES]:
-            raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
-    elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
-        source = video.url
-    else:
-        return video, Wishes()
-    return source, Wishes(**{name: wishes[name] for name in _NAMES if name in wishes})
+    elif (said := getattr(video, "preprocess_kwargs", None)) is not None:
+        source, wishes = video.url, {k: v for k, v in said.items() if v is not None}
+    rate = wishes.pop(RATE, None)
+    if unknown := [name for name in wishes if name not in _NAMES]:
+        raise ValueError(f"video {str(unknown[0])[:50]}: expected one of {', '.join(_NAMES)}")
+    sampling = Wishes(**wishes)
+    if not are_frames(source):
+        if rate is not None:
+            raise ValueError(f"{RATE}: expected frames, whose rate it is, got a video file")
+        return source, sampling
+    if asked := [name for name in _SAMPLING if getattr(sampling, name) is not None]:
+        raise ValueError(
+            f"{asked[0]}: expected a video file, got frames, all of which are taken; {RATE} says "
+            "how many of them are a second"
+        )
+    return GivenFrames(source, SAMPLE_FPS if rate is None else rate), sampling

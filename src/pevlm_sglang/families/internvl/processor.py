@@ -25,9 +25,10 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry, label
 from pevlm_sglang.families.internvl.tiles import tiles_of
-from pevlm_sglang.families.processor import VideoProcessor
+from pevlm_sglang.families.processor import VideoProcessor, check_images
 from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
+from pevlm_sglang.media.frames import FrameVideo
 from pevlm_sglang.media.identity import identity, pixels_digest
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.wishes import Wishes
@@ -77,6 +78,7 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             ValueError: HTTP 400.
         """
         videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
+        check_images(image_data or ())
         media = await self.load_mm_data(
             prompt=self._with_placeholders(input_text or "", image_data or (), videos),
             image_data=image_data,
@@ -150,8 +152,12 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        counts = share([wish.max_frames for wish in wishes], default, most)
-        if min(counts) < default and any(wish.max_frames is None for wish in wishes):
+        asked = [
+            len(video) if isinstance(video, FrameVideo) else wish.max_frames
+            for video, wish in zip(media.videos, wishes, strict=True)
+        ]
+        counts = share(asked, default, most)
+        if min(counts) < default and None in asked:
             logger.warning(
                 f"PEVLM: {counts} frames of {len(counts)} videos in place of {default} each: the "
                 f"context of {self.max_context_len} tokens holds {most}"

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
+from pevlm_sglang.media.frames import FrameVideo
 from pevlm_sglang.media.video_file import length_and_rate
 
 _PIXELS_AT_ONCE = 1 << 22  # of a resize in fp32
@@ -51,6 +52,8 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils.
     """
     total, fps = length_and_rate(video)
+    if isinstance(video, FrameVideo):
+        return _given(video, geometry, settings)
     count = geometry.sampled_frames(total, fps, settings)
     indices = torch.linspace(0, total - 1, count).round().long().tolist()
     height, width = video.frame_shape
@@ -63,6 +66,25 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
         "video_backend": "torchcodec",
     }
     return Sampled(indices, size, metadata)
+
+
+def _given(video: FrameVideo, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
+    """All of a request's frames; of an odd number the last one twice, as a frame of its own.
+
+    Source: ``fetch_video`` of qwen-vl-utils, without its resize of each frame as a picture.
+    """
+    indices = list(range(len(video)))
+    indices += indices[-1:] * (len(indices) % 2)
+    count = len(indices)
+    height, width = video.frame_shape
+    metadata = {
+        "fps": video.avg_fps,
+        "duration": count / video.avg_fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "torchcodec",
+    }
+    return Sampled(indices, geometry.resized(count, (width, height), settings), metadata)
 
 
 def resized(frames: torch.Tensor, size: tuple[int, int], *, exact: bool) -> torch.Tensor:
