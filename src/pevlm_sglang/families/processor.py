@@ -39,6 +39,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         geometry: of the model.
         settings: of the server.
         config: of the server.
+        read_elsewhere: names in a ``video_url`` part that the family's own code reads.
         reader: decodes the videos of all requests.
 
     Raises:
@@ -46,6 +47,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
     """
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
+    read_elsewhere: Sequence[str] = ()
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
@@ -86,7 +88,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: a bad wish, or one beyond the server's limits.
         """
-        sources, wishes = split(video_data)
+        sources, wishes = split(video_data, self.read_elsewhere)
         limits = self.geometry.limits(self.settings)
         for source, wish in zip(sources, wishes, strict=True):
             wish.check(limits)

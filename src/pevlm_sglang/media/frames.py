@@ -89,7 +89,7 @@ class FrameVideo(VideoDecoderWrapper):
     """
 
     def __init__(self, frames: np.ndarray, fps: float) -> None:
-        self._frames, self._fps = np.ascontiguousarray(frames), fps
+        self._frames, self._fps = np.ascontiguousarray(frames), float(fps)
 
     def __len__(self) -> int:
         return len(self._frames)

@@ -71,21 +71,24 @@ _NAMES = tuple(field.name for field in fields(Wishes))
 _SAMPLING = ("fps", "max_frames")
 
 
-def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
+def split(
+    video_data: Sequence[Any] | None, read_elsewhere: Sequence[str] = ()
+) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
         video_data: of SGLang's ``GenerateReqInput``: paths, URLs, bytes or frames, ``VideoData``
             objects (from ``video_url``), or mappings (from ``/generate``).
+        read_elsewhere: names in a ``video_url`` part that are none of its sampling.
 
     Raises:
         ValueError: a bad value, or a video that is no longer one.
     """
-    pairs = [_split(video) for video in video_data or ()]
+    pairs = [_split(video, read_elsewhere) for video in video_data or ()]
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
-def _split(video: Any) -> tuple[Any, Wishes]:
+def _split(video: Any, read_elsewhere: Sequence[str]) -> tuple[Any, Wishes]:
     source, wishes = video, {}
     if isinstance(video, Mapping):
         if "url" not in video:
@@ -96,7 +99,7 @@ def _split(video: Any) -> tuple[Any, Wishes]:
             )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
     elif (said := getattr(video, "preprocess_kwargs", None)) is not None:
-        source, wishes = video.url, {k: v for k, v in said.items() if v is not None}
+        source, wishes = video.url, {k: v for k, v in said.items() if k not in read_elsewhere}
     rate = wishes.pop(RATE, None)
     if unknown := [name for name in wishes if name not in _NAMES]:
         raise ValueError(f"video {str(unknown[0])[:50]}: expected one of {', '.join(_NAMES)}")

@@ -59,6 +59,8 @@ class _Tiles(NamedTuple):
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM."""
 
+    read_elsewhere = ("max_dynamic_patch",)
+
     video_preprocessing_device = "cpu"  # decode there, as the reference does
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +71,18 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     def geometry_of(hf_config: Any) -> InternVLGeometry:
         return InternVLGeometry()  # for its sampling alone
 
+    async def _process_special_format(
+        self, image_data: Any, video_data: Any, **kwargs: Any
+    ) -> MultimodalProcessorOutput:
+        """A prompt of token ids, which SGLang takes without media alone; its other use is features
+        that were processed elsewhere, which are refused."""
+        check_images(image_data or ())
+        self.wishes(video_data)
+        output: MultimodalProcessorOutput = await super()._process_special_format(
+            image_data=image_data, video_data=video_data, **kwargs
+        )
+        return output
+
     async def process_qwen_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
     ) -> MultimodalProcessorOutput:
@@ -78,7 +92,6 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             ValueError: HTTP 400.
         """
         videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
-        check_images(image_data or ())
         media = await self.load_mm_data(
             prompt=self._with_placeholders(input_text or "", image_data or (), videos),
             image_data=image_data,
