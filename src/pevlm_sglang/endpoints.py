@@ -106,7 +106,12 @@ def refusal(path: str, body: bytes) -> str | None:
             f"custom_params['pevlm']: expected on one of {', '.join(OBEYED)}, got on {path}, which "
             "drops it; ask there, or set the server's default with --pevlm-... flags"
         )
-    if (name := _dropped(path, content)) is not None:
+    if (name := _dropped(path, content)) in _VIDEOS:
+        return (
+            f"{name}: expected a video in video_url of a chat request or in video_data on "
+            f"/generate, got one in another place on {path}, which does not read it"
+        )
+    if name is not None:
         return (
             f"{name}: expected inside video_url of a chat request or inside an entry of video_data "
             f"on /generate, got in another place on {path}, where it is not heeded"

@@ -75,7 +75,11 @@ def test_broken_video(
         ({"fps": 0}, "fps"),
         ({"fps": "fast"}, "fps"),
         ({"max_frames": -1}, "max_frames"),
-        ({"max_frames": 1}, "nframes"),
+        ({"max_frames": 1}, "max_frames: expected at least 2 frames, which this model merges"),
+        ({"max_frames": True}, "max_frames: expected a number, got true"),
+        ({"fps": False}, "fps: expected a number, got false"),
+        ({"max_long_side_pixel": 64}, "max_long_side_pixel"),
+        ({"max_image_tokens": 64}, "max_image_tokens: expected one of fps, max_frames"),
         ({"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_pixels": "many"}, "max_pixels"),
         ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
@@ -163,7 +167,8 @@ def test_vertex_obeys(server: Server) -> None:
 def test_one_frame(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
     status, answer = ask(_video(video_data_url(clip(0.25))))
     assert status == 400
-    assert "nframes" in answer
+    assert "expected at least 2 frames, which this model merges into a step, got 1" in answer
+    assert "send a single frame as an image" in answer
 
 
 def test_longer_than_the_context(

@@ -151,7 +151,7 @@ def test_yaml_booleans(yaml_file: Path, text: str, value: bool) -> None:
 )
 def test_bad_files_name_the_file(yaml_file: Path, content: str, message: str) -> None:
     yaml_file.write_text(content)
-    with pytest.raises(ValueError, match=rf"pevlm config .*pevlm.yaml: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pevlm.yaml: .*{message}"):
         load_file(yaml_file)
 
 
@@ -186,7 +186,7 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("name", ["lowlatency", "Accuracy", "accuracy ", "fast", "", ".accuracy"])
 def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
-    message = f"pevlm config '{name}': expected a preset (accuracy, low-latency) or the path"
+    message = f"'{name}': expected a preset (accuracy, low-latency) or the path"
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(name, {})
 

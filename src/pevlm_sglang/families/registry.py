@@ -77,7 +77,12 @@ def of_checkpoint(directory: Path) -> Geometry:
         ValueError: a file that is missing or broken, or settings that are not known here.
     """
     config = read_json(directory / "config.json")
-    family = family_of(config.get("architectures"))
+    names = config.get("architectures")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{directory / 'config.json'}: architectures: expected a list of names, got {names!r}"
+        )
+    family = family_of(names)
     return family.sizes.of_checkpoint(config, directory)
 
 

@@ -184,7 +184,7 @@ def find_file(file: str | Path) -> Path:
         return path
     if file not in preset_names():
         raise ValueError(
-            f"pevlm config {_shown(file)}: expected a preset ({', '.join(preset_names())}) or the "
+            f"{_shown(file)}: expected a preset ({', '.join(preset_names())}) or the "
             "path of a YAML file, such as ./pevlm.yaml"
         )
     return PRESETS / f"{file}.yaml"
@@ -201,16 +201,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"pevlm config {path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
-        raise ValueError(f"pevlm config {path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
     content = {} if content is None else content
     try:
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping of options, got {type(content).__name__}")
         PevlmConfig().override(content)
     except ValueError as error:
-        raise ValueError(f"pevlm config {path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     return content
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings
+from pevlm_sglang.families.sizes import Checkpoint
 
 
 def label(number: int) -> str:
@@ -50,10 +51,11 @@ PUBLISHED = {"internvl3_5": InternVLGeometry()}
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> InternVLGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
-    vision, text = config["vision_config"], config["llm_config"]
+    values = Checkpoint(config, directory / "config.json")
+    vision = values.section("vision_config")
     return InternVLGeometry(
-        image_size=int(config.get("force_image_size") or vision["image_size"]),
-        patch_size=int(vision["patch_size"]),
-        merge_size=round(1 / config.get("downsample_ratio", 0.5)),
-        context_length=text.get("max_position_embeddings"),
+        image_size=values.whole_or_none("force_image_size") or vision.whole("image_size"),
+        patch_size=vision.whole("patch_size"),
+        merge_size=round(1 / values.fraction("downsample_ratio", 0.5)),
+        context_length=values.section("llm_config").whole_or_none("max_position_embeddings"),
     )

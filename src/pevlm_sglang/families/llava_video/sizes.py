@@ -15,7 +15,7 @@ from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
-from pevlm_sglang.families.sizes import read_json
+from pevlm_sglang.families.sizes import Checkpoint, read_json
 
 POOL_STRIDE = 2  # of the reference, whatever a configuration says
 _POOLED_SIDE = {"bilinear": math.ceil, "average": math.floor, "max": math.floor}
@@ -112,14 +112,18 @@ PUBLISHED = {"llava_video": LlavaGeometry()}
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
-    tower: Mapping[str, Any] = vars(PUBLISHED["llava_video"])
+    tower = Checkpoint(vars(PUBLISHED["llava_video"]), _SIGLIP)
     if (name := config.get("mm_vision_tower")) != _SIGLIP:
-        tower = read_json(Path(str(name)) / "config.json")
-        tower = tower.get("vision_config", tower)
-    image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
+        file = Path(str(name)) / "config.json"
+        values = read_json(file)
+        tower = Checkpoint(values, file)
+        tower = tower.section("vision_config") if "vision_config" in values else tower
+    image_size, patch_size = tower.whole("image_size"), tower.whole("patch_size")
     return LlavaGeometry(
         image_size=image_size,
         patch_size=patch_size,
-        context_length=config.get("max_position_embeddings"),
+        context_length=Checkpoint(config, directory / "config.json").whole_or_none(
+            "max_position_embeddings"
+        ),
         layout=TokenLayout.of(SimpleNamespace(**config), image_size // patch_size),
     )
