@@ -11,6 +11,7 @@ from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
+from pevlm_sglang.media.frames import GivenFrames
 from pevlm_sglang.media.sources import SafeSources, check_path, reading
 
 
@@ -35,7 +36,7 @@ def test_image_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("frames", [[{}], ["/a.png"], [None], [1], [[[]]]])
 def test_list_without_pictures_is_no_video(frames: list[Any]) -> None:
     with pytest.raises(ValueError, match="video: expected pictures in a list"):
-        Processor._load_single_item(frames, Modality.VIDEO)
+        GivenFrames(frames)
 
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", "AAAA", b"/", "http://a/b"])

@@ -428,7 +428,7 @@ def test_conflicts(fields: dict, flags: dict, message: str) -> None:
 
 
 def test_bad_flag_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_frames: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="--pevlm-block-frames: expected >= 1, got 0"):
         requested(server_args(attention_backend="pevlm"), {"block_frames": 0})
 
 

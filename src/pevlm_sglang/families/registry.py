@@ -78,7 +78,8 @@ def of_checkpoint(directory: Path) -> Geometry:
     """
     config = read_json(directory / "config.json")
     names = config.get("architectures")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    listed = isinstance(names, list) and names
+    if not listed or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"{directory / 'config.json'}: architectures: expected a list of names, got {names!r}"
         )

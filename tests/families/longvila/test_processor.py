@@ -230,7 +230,7 @@ def test_placeholders_that_do_not_fit(
 
 def test_features_in_place_of_media(process: Callable[..., Any]) -> None:
     item = {"format": "precomputed_embedding", "feature": torch.zeros(1)}
-    with pytest.raises(ValueError, match="expected a file, URL or bytes"):
+    with pytest.raises(ValueError, match="processed elsewhere"):
         process(VIDEO, [item])
 
 

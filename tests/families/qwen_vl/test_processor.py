@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
 from pevlm_sglang.settings.config import VIDEO_RESIZES
@@ -298,7 +299,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_frames": 10}, {"max_frames": 11}, "max_frames: expected at most 10"),
         ({}, {"max_frames": 1.5}, "max_frames: expected a whole number"),
-        ({}, {"max_frames": 1}, "nframes"),
+        ({}, {"max_frames": 1}, "max_frames: expected at least 2 frames, which this model"),
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
@@ -326,13 +327,28 @@ def test_wish_below_the_servers_least(start: Start, clip: Callable[..., Path]) -
         start("qwen2_5_vl")(PROMPT, [video])
 
 
-def test_frames_instead_of_a_file(start: Start) -> None:
-    """They are sampled already: left to SGLang, and no wish can be heeded."""
-    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
-    processor = start("qwen2_5_vl", video=FEW)
-    assert grids(processor(PROMPT, [frames])) == [[2, 4, 4]]
-    with pytest.raises(ValueError, match="expected an encoded video, got frames"):
-        processor(PROMPT, [{"url": frames, "fps": 1}])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("rate", [None, 0.5, 8])
+def test_frames_instead_of_a_file(
+    models: dict[str, Model], start: Start, name: str, count: int, rate: float | None
+) -> None:
+    """All of them, the last of an odd number twice, at two a second or the rate that is said."""
+    generator = torch.Generator().manual_seed(count)
+    shape = (count, 448, 448, 3)  # the reference resizes each first, to multiples of two tokens
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
+    said = {} if rate is None else {"sample_fps": rate}
+    clip = reference_video(
+        [Image.fromarray(frame) for frame in frames], {**FEW, **said}, image_patch_size=PATCH[name]
+    )
+    expected = reference_inputs(models[name].processor, PROMPT, [clip])
+    output = start(name, video=FEW)(PROMPT, [{"url": frames, **said}])
+    assert_same(output, expected)
+    if name != "qwen3_vl":
+        config, ids = models[name].config, expected["input_ids"][0]
+        assert torch.equal(output.mrope_positions, mrope_positions(config, expected, ids)[:, 0])
+    with pytest.raises(ValueError, match="fps: expected a video file, got frames"):
+        start(name)(PROMPT, [{"url": frames, "fps": 1}])
 
 
 # --- Settings of the server ------------------------------------------------------------------
@@ -348,6 +364,7 @@ def test_frames_instead_of_a_file(start: Start) -> None:
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
         ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
         ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
+        ({"nframes": 1}, "nframes: expected at least 2 frames"),
     ],
 )
 def test_bad_settings_of_the_server(
