@@ -78,12 +78,12 @@ def of_checkpoint(directory: Path) -> Geometry:
     """
     config = read_json(directory / "config.json")
     names = config.get("architectures")
-    listed = isinstance(names, list) and names
-    if not listed or not all(isinstance(name, str) for name in names):
+    listed = names if isinstance(names, list) else []
+    if not listed or not all(isinstance(name, str) for name in listed):
         raise ValueError(
             f"{directory / 'config.json'}: architectures: expected a list of names, got {names!r}"
         )
-    family = family_of(names)
+    family = family_of(listed)
     return family.sizes.of_checkpoint(config, directory)
 
 

@@ -114,7 +114,12 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     tower = Checkpoint(vars(PUBLISHED["llava_video"]), _SIGLIP)
     if (name := config.get("mm_vision_tower")) != _SIGLIP:
-        file = Path(str(name)) / "config.json"
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{directory / 'config.json'}: mm_vision_tower: expected {_SIGLIP} or a directory, "
+                f"got {name}"
+            )
+        file = Path(name) / "config.json"
         values = read_json(file)
         tower = Checkpoint(values, file)
         tower = tower.section("vision_config") if "vision_config" in values else tower
