@@ -81,7 +81,7 @@ def collect(reader: Reader, video: Any, indices: Sequence[int], multiple: int = 
     most=st.integers(1, 16),
 )
 def test_parts(gaps: list[int], keys: set[int] | None, step: int, most: int) -> None:
-    """They tile the video in whole slices, and no frame is decoded for two of them."""
+    """They tile the video in whole slices, and little is decoded for two of them."""
     indices = np.cumsum(gaps).tolist()
     known = None if keys is None else sorted({0, *keys})
     parts = segments(indices, known, step, most)
@@ -91,7 +91,8 @@ def test_parts(gaps: list[int], keys: set[int] | None, step: int, most: int) -> 
     for start, _ in parts[1:]:
         assert start % step == 0
         if known is not None:
-            assert any(indices[start - 1] < key <= indices[start] for key in known)
+            decoded = [max(key for key in known if key <= indices[start]), indices[start - 1]]
+            assert decoded[1] - decoded[0] + 1 <= (indices[-1] - indices[0]) / most / 8
 
 
 def test_parts_are_alike() -> None:
@@ -276,6 +277,33 @@ def test_frames_are_those_of_one_decoder(file: Path, threads: int) -> None:
     asyncio.run(reader.read(VideoDecoderWrapper(str(file)), indices, work, multiple=2))
     reader.shutdown()
     assert torch.equal(got, expected)
+
+
+def test_file_with_one_keyframe_gets_threads_of_ffmpeg(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of the decoders that it cannot use; and others get decoders in place of threads."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+    from torchcodec import decoders
+
+    asked = []
+
+    class Watched(decoders.VideoDecoder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            asked.append(kwargs["num_ffmpeg_threads"])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(decoders, "VideoDecoder", Watched)
+    for group, count, expected in (("9999", 90, [3]), ("10", 90, []), ("9999", 20, [])):
+        path, reader = tmp_path / f"{group}.mp4", Reader(3)
+        source = ["-f", "lavfi", "-i", "testsrc2=size=96x64:rate=20:duration=6"]
+        options = ["-y", "-c:v", "libx264", "-g", group, "-sc_threshold", "0"]
+        subprocess.run(["ffmpeg", "-v", "error", *source, *options, str(path)], check=True)
+        asked.clear()
+        video = VideoDecoderWrapper(str(path))
+        asyncio.run(reader.read(video, range(count), lambda start, frames: None))
+        reader.shutdown()
+        assert asked == expected
 
 
 def test_keyframes_of_a_file(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
-from pevlm_sglang.media.frames import GivenFrames
 from pevlm_sglang.media.sources import SafeSources, check_path, reading
 
 
@@ -31,12 +30,6 @@ def test_image_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         os.mkfifo(path)
     with pytest.raises(ValueError, match="decompression bomb" if kind == "bomb" else "a file"):
         Processor._load_single_item(str(path), Modality.IMAGE)
-
-
-@pytest.mark.parametrize("frames", [[{}], ["/a.png"], [None], [1], [[[]]]])
-def test_list_without_pictures_is_no_video(frames: list[Any]) -> None:
-    with pytest.raises(ValueError, match="video: expected pictures in a list"):
-        GivenFrames(frames)
 
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", "AAAA", b"/", "http://a/b"])

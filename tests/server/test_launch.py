@@ -62,7 +62,7 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
         ),
         (
             ("--attention-backend", "pevlm", "--pevlm-config", "/nowhere.yaml"),
-            "PEVLM: --pevlm-config: /nowhere.yaml: cannot be read",
+            "PEVLM: pevlm config /nowhere.yaml: cannot be read",
         ),
         (
             ("--attention-backend", "pevlm", "--enable-two-batch-overlap"),

@@ -18,6 +18,7 @@ from pevlm_sglang.settings.config import (
     MAX_FRAMES,
     PevlmConfig,
     find_file,
+    flag,
     load_file,
     preset_names,
     resolve,
@@ -25,7 +26,11 @@ from pevlm_sglang.settings.config import (
 from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requested
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
-ALL = (*PER_REQUEST, "base_backend", "prefill_kernel")
+ALL = (
+    *PER_REQUEST,
+    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb"),
+    *("media_paths", "max_source_mb", "max_video_seconds", "max_frame_megapixels"),
+)
 LONGEST_MESSAGE = 400
 
 
@@ -49,6 +54,12 @@ def test_defaults() -> None:
         "image_runs": False,
         "base_backend": "auto",
         "prefill_kernel": "auto",
+        "video_resize": "uint8",
+        "media_memory_mb": 512,
+        "media_paths": "",
+        "max_source_mb": 4096,
+        "max_video_seconds": 14_400,
+        "max_frame_megapixels": 64,
     }
     assert PevlmConfig.option_names() == ALL
     assert PevlmConfig.option_names(per_request=True) == PER_REQUEST
@@ -79,12 +90,15 @@ def test_config_is_frozen() -> None:
         ({"base_backend": "FA3"}, "base_backend: expected one of auto, fa3, .*, got 'FA3'"),
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
         ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
+        ({"video_resize": "uint9"}, "video_resize: expected one of uint8, float32, got 'uint9'"),
+        ({"media_memory_mb": 63}, "media_memory_mb: expected >= 64, got 63"),
     ],
 )
 def test_bad_values(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PevlmConfig(**values)
-    with pytest.raises(ValueError, match=message):
+    name, rest = message.split(":", 1)
+    with pytest.raises(ValueError, match=f"^{flag(f'pevlm_{name}')}:{rest}"):
         resolve(None, values)
 
 
@@ -103,6 +117,20 @@ def test_a_number_beyond_any_context_is_refused() -> None:
         with pytest.raises(ValueError, match="block_frames: expected <= 1000000, got ") as caught:
             PevlmConfig(block_frames=number)
         assert len(str(caught.value)) < LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("prefix", "typed"), [("pevlm_", "--pevlm-sink-frames"), ("", "--sink-frames")]
+)
+def test_a_bad_flag_is_named_as_it_was_typed(yaml_file: Path, prefix: str, typed: str) -> None:
+    yaml_file.write_text("block_frames: 2\n")
+    with pytest.raises(ValueError, match=f"^{typed}: expected >= 0, got -1$"):
+        resolve(yaml_file, {"sink_frames": -1}, prefix=prefix)
+    with pytest.raises(ValueError, match=r"^unknown option 'sinks'"):
+        resolve(yaml_file, {"sinks": 1})
+    yaml_file.write_text("sink_frames: -1\n")
+    with pytest.raises(ValueError, match="yaml: sink_frames: expected >= 0, got -1"):
+        resolve(yaml_file, {"sink_frames": 1})
 
 
 # --- Precedence: defaults < file < flags < request -----------------------------------------------
@@ -151,7 +179,7 @@ def test_yaml_booleans(yaml_file: Path, text: str, value: bool) -> None:
 )
 def test_bad_files_name_the_file(yaml_file: Path, content: str, message: str) -> None:
     yaml_file.write_text(content)
-    with pytest.raises(ValueError, match=rf"pevlm.yaml: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pevlm config .*pevlm.yaml: .*{message}"):
         load_file(yaml_file)
 
 
@@ -186,7 +214,7 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("name", ["lowlatency", "Accuracy", "accuracy ", "fast", "", ".accuracy"])
 def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
-    message = f"'{name}': expected a preset (accuracy, low-latency) or the path"
+    message = f"pevlm config '{name}': expected a preset (accuracy, low-latency) or the path"
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(name, {})
 
@@ -326,6 +354,12 @@ FLAGS = {
     "image_runs": (("--pevlm-image-runs",), True),
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
+    "video_resize": (("--pevlm-video-resize", "float32"), "float32"),
+    "media_memory_mb": (("--pevlm-media-memory-mb", "64"), 64),
+    "media_paths": (("--pevlm-media-paths", "/a:/b"), "/a:/b"),
+    "max_source_mb": (("--pevlm-max-source-mb", "7"), 7),
+    "max_video_seconds": (("--pevlm-max-video-seconds", "60"), 60),
+    "max_frame_megapixels": (("--pevlm-max-frame-megapixels", "9"), 9),
     "config": (("--pevlm-config", "a.yaml"), "a.yaml"),
 }
 
@@ -428,7 +462,7 @@ def test_conflicts(fields: dict, flags: dict, message: str) -> None:
 
 
 def test_bad_flag_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="--pevlm-block-frames: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^--pevlm-block-frames: expected >= 1, got 0"):
         requested(server_args(attention_backend="pevlm"), {"block_frames": 0})
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,7 @@ from pevlm_sglang.families.registry import of_checkpoint, published
 from pevlm_sglang.settings.config import PevlmConfig, preset_names, resolve
 from pevlm_sglang.tools import picture
 from pevlm_sglang.tools.cli import main
-from support.families import internvl_model, llava_video_tiny, longvila
 from support.spec_mask import spec_mask
-from support.tiny import make_tiny_model as make_tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 
@@ -172,50 +168,6 @@ def test_files_of_a_checkpoint_in_the_order_of_transformers(tmp_path: Path) -> N
         next(tmp_path / name for name in reversed(sizes) if (tmp_path / name).exists()).unlink()
 
 
-SMALL_MODELS = {
-    "qwen_vl": lambda path: make_tiny_qwen(path / "m", num_layers=1, vision_depth=1),
-    "internvl": internvl_model.make_tiny_model,
-    "llava_video": lambda path: llava_video_tiny.make_tiny_model(path / "m"),
-    "longvila": lambda path: longvila.make_tiny_model(path / "m"),
-}
-ODD = (None, "many", 0, True, 1.5, [], {"a": 1})
-
-
-@pytest.mark.parametrize("family", SMALL_MODELS)
-def test_an_incomplete_checkpoint_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str
-) -> None:
-    """Every value of every file, missing or another: a layout, or a line that says what is wrong."""
-    model = SMALL_MODELS[family](tmp_path)
-    refused = 0
-    for file in sorted(model.rglob("*config.json")):
-        if file.name.startswith(("tokenizer", "generation")) or file.parent.name == "reference":
-            continue
-        whole = json.loads(file.read_text())
-        for changed in broken(whole):
-            file.write_text(json.dumps(changed))
-            status = main(["show", str(model), "--duration", "4"])
-            error = capsys.readouterr().err
-            assert status == 0 or re.fullmatch(
-                r"pevlm: .*: (expected|cannot be read).*\n", error
-            ), error
-            refused += status != 0
-        file.write_text(json.dumps(whole))
-    assert refused > 20
-
-
-def broken(content: Any) -> Iterator[Any]:
-    """JSON with one value left out, or another, at any depth."""
-    yield from ODD
-    if not isinstance(content, dict):
-        return
-    for name in content:
-        rest = {key: value for key, value in content.items() if key != name}
-        yield rest
-        for value in broken(content[name]):
-            yield {**rest, name: value}
-
-
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets(capsys: pytest.CaptureFixture[str], preset: str) -> None:
     """The two commands in a preset's header are right, and name it."""
@@ -264,8 +216,8 @@ def test_flags_take_precedence_over_the_preset(
         ("--frames 800", "SGLang would sample 768"),
         ("--frames -2", "sampled: expected more than 0"),
         ("--duration inf", "duration: expected more than 0"),
-        ("--duration 0.03", "expected at least 2 frames, which this model merges into a step"),
-        ("--duration 2 --mm-process-config '{\"video\": {\"nframes\": 90}}'", "has only 60"),
+        ("--duration 0.03", "video: expected at least 2 frames"),
+        ("--duration 2 --mm-process-config '{\"video\": {\"nframes\": 90}}'", "video's 60 frames"),
         ("--duration 2 --video-fps 0", "video_fps: expected more than 0"),
         ("--frames 8 --fps 0", "fps: expected a number of more than 0"),
         ("--frames 8 --size 1280", "expected WIDTHxHEIGHT"),
@@ -280,8 +232,8 @@ def test_flags_take_precedence_over_the_preset(
          "video setting frames: expected one of fps, nframes"),
         ("--frames 8 --mm-process-config '{\"video\": {\"fps\": \"2\"}}'", "expected a number"),
         ("--frames 8 --fps 2 --mm-process-config '{\"video\": {\"nframes\": 8}}'", "got both"),
-        ("--frames 8 --sink-frames -1", "sink_frames: expected >= 0"),
-        ("--frames 8 --block-frames 0", "block_frames: expected >= 1"),
+        ("--frames 8 --sink-frames -1", "pevlm: --sink-frames: expected >= 0"),
+        ("--frames 8 --block-frames 0", "pevlm: --block-frames: expected >= 1"),
         ("--frames 8 --prompt-tokens -1", "prompt_tokens: expected >= 0"),
         ("--frames 8 --model-family qwen9", "invalid choice: 'qwen9'"),
         ("nowhere --frames 8", "nowhere: expected the directory of a checkpoint or a preset"),

@@ -23,10 +23,11 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
-from pevlm_sglang.media.frames import FrameVideo, GivenFrames
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 from pevlm_sglang.settings.config import PevlmConfig
@@ -39,7 +40,6 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         geometry: of the model.
         settings: of the server.
         config: of the server.
-        read_elsewhere: names in a ``video_url`` part that the family's own code reads.
         reader: decodes the videos of all requests.
 
     Raises:
@@ -47,7 +47,6 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
     """
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
-    read_elsewhere: Sequence[str] = ()
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
@@ -88,13 +87,16 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: a bad wish, or one beyond the server's limits.
         """
-        sources, wishes = split(video_data, self.read_elsewhere)
-        limits = self.geometry.limits(self.settings)
-        for source, wish in zip(sources, wishes, strict=True):
-            wish.check(limits)
-            if isinstance(source, GivenFrames):
-                Wishes(max_frames=len(source)).check(limits)
+        sources, wishes = split(video_data)
+        for wish in wishes:
+            wish.check(self.geometry.limits(self.settings))
         return sources, wishes
+
+    def heeded(self, video: Any, wish: Wishes) -> Wishes:
+        """What is wished of a loaded video; see :meth:`FrameArrays.heed`."""
+        if not isinstance(video, FrameArrays):
+            return wish
+        return video.heed(wish, self.geometry.limits(self.settings)["max_frames"])
 
     async def read(
         self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
@@ -133,11 +135,10 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: see :meth:`read`.
         """
-        length, rate = length_and_rate(video)
-        if isinstance(video, FrameVideo):
-            indices = list(range(length))
+        if isinstance(video, FrameArrays):
+            indices = list(range(len(video)))
         else:
-            indices = self.geometry.indices(length, rate, settings)
+            indices = self.geometry.indices(*length_and_rate(video), settings)
         distinct = sorted(set(indices))
         stack = _Stack(len(distinct), pixels)
         digest = await self.read(video, distinct, stack)
@@ -149,10 +150,11 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, but never on the event loop, which is where that runs on a GPU."""
-        if self.mm_processor_executor is not None:
-            return await super().process_and_combine_mm_data_async(*args, **kwargs)
-        work = partial(self.process_and_combine_mm_data, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._processing, work)
+        with stage("process"):
+            if self.mm_processor_executor is not None:
+                return await super().process_and_combine_mm_data_async(*args, **kwargs)
+            work = partial(self.process_and_combine_mm_data, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._processing, work)
 
 
 class _Stack:
@@ -166,7 +168,8 @@ class _Stack:
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`."""
         for at, frame in enumerate(np.asarray(frames.cpu()), start):
-            made = self._pixels(Image.fromarray(frame))
+            with stage("process"):
+                made = self._pixels(Image.fromarray(frame))
             with self._lock:
                 if not len(self.rows):
                     self.rows = torch.empty(self._count, *made.shape, dtype=made.dtype)
@@ -260,7 +263,11 @@ class PlaceholderProcessor(VideoProcessor):
         """
         videos, wishes = self.wishes(request_obj.video_data)
         images = list(image_data or ())
-        check_images(images)
+        if any(isinstance(image, dict) for image in images):
+            raise ValueError(
+                "image_data: expected a file, URL or bytes, got a dict; features that "
+                "are processed already are not taken"
+            )
         pieces, order = self.tokenize(input_text, len(images), len(videos))
         for kind, given in ((Modality.IMAGE, images), (Modality.VIDEO, videos)):
             if order.count(kind) != len(given):
@@ -268,7 +275,8 @@ class PlaceholderProcessor(VideoProcessor):
                     f"prompt: expected {len(given)} of {self.placeholders[kind]}, one for each "
                     f"{kind.name.lower()}, got {order.count(kind)}"
                 )
-        loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
+        with stage("fetch"):
+            loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [
@@ -276,6 +284,7 @@ class PlaceholderProcessor(VideoProcessor):
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
         for video, wish in zip(loaded.videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             work.append(self.video(video, self.settings.wished(wish)))
         media = await all_of(work)
         rest = {
@@ -311,15 +320,6 @@ class PlaceholderProcessor(VideoProcessor):
             mm_items=self._finalize_mm_items(items, images=None),
             im_token_id=self.token_ids[Modality.IMAGE],
             video_token_id=self.token_ids[Modality.VIDEO],
-        )
-
-
-def check_images(images: Sequence[Any]) -> None:
-    """Refuse images that are none any longer, by a ValueError."""
-    if any(isinstance(image, Mapping) for image in images):
-        raise ValueError(
-            "image: expected a file, URL or bytes, got a mapping; features that were processed "
-            "elsewhere (processor_output, precomputed_embedding) are not taken"
         )
 
 

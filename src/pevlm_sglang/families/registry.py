@@ -77,13 +77,10 @@ def of_checkpoint(directory: Path) -> Geometry:
         ValueError: a file that is missing or broken, or settings that are not known here.
     """
     config = read_json(directory / "config.json")
-    names = config.get("architectures")
-    listed = names if isinstance(names, list) else []
-    if not listed or not all(isinstance(name, str) for name in listed):
-        raise ValueError(
-            f"{directory / 'config.json'}: architectures: expected a list of names, got {names!r}"
-        )
-    family = family_of(listed)
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures: expected names in a list, got {str(names)[:50]}")
+    family = family_of(names)
     return family.sizes.of_checkpoint(config, directory)
 
 

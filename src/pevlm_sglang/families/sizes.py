@@ -177,9 +177,7 @@ def processor_settings(directory: Path) -> dict[str, Any]:
     """
     nested = directory / "processor_config.json"
     if nested.exists() and "video_processor" in (content := read_json(nested)):
-        if isinstance(settings := content["video_processor"], dict):
-            return settings
-        raise ValueError(f"{nested}: video_processor: expected a JSON object, got {settings!r}")
+        return dict(section(content, "video_processor"))
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (directory / name).exists():
             return read_json(directory / name)
@@ -189,42 +187,40 @@ def processor_settings(directory: Path) -> dict[str, Any]:
     )
 
 
-class Checkpoint:
-    """Values of a checkpoint's JSON file, by a ValueError that names file and value where one is
-    missing or bad."""
+def whole(values: Mapping[str, Any], name: str, default: Any = None) -> int:
+    """A number of at least 1 in a checkpoint's JSON file.
 
-    def __init__(self, values: Mapping[str, Any], file: str | Path) -> None:
-        self._values, self._file = values, file
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = default if values.get(name) is None else values[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"{name}: expected a whole number of at least 1 in the checkpoint's JSON files, got "
+            f"{value!r}"
+        )
+    return value
 
-    def section(self, name: str) -> Checkpoint:
-        """A mapping in the file."""
-        if not isinstance(values := self._values.get(name), Mapping):
-            raise self._error(name, "a JSON object", values)
-        return Checkpoint(values, f"{self._file}: {name}")
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number of more than 0; ``default`` where the file says none."""
-        value = self._values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._error(name, "a whole number of more than 0", value)
-        return value
+def section(values: Mapping[str, Any], name: str, default: Any = None) -> Mapping[str, Any]:
+    """An object inside a checkpoint's JSON file.
 
-    def whole_or_none(self, name: str) -> int | None:
-        """The same, or None where the file says none."""
-        return None if self._values.get(name) is None else self.whole(name)
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = default if values.get(name) is None else values[name]
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name}: expected an object in the checkpoint's JSON files, got {str(value)[:50]}"
+        )
+    return value
 
-    def fraction(self, name: str, default: float) -> float:
-        """A number of more than 0, at most 1."""
-        value = self._values.get(name, default)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= 1:
-            raise self._error(name, "a number of more than 0, at most 1", value)
-        return float(value)
 
-    def _error(self, name: str, expected: str, value: Any) -> ValueError:
-        got = "none" if value is None else str(value)[:50]
-        return ValueError(f"{self._file}: {name}: expected {expected}, got {got}")
+def context_length(text: Mapping[str, Any]) -> int | None:
+    """Of a language model's configuration; None where it does not say."""
+    if text.get("max_position_embeddings") is None:
+        return None
+    return whole(text, "max_position_embeddings")
 
 
 def read_json(path: Path) -> dict[str, Any]:

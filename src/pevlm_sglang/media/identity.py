@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from pevlm_sglang.media.frames import FrameVideo
+from pevlm_sglang.media.frame_arrays import FrameArrays
+from pevlm_sglang.media.stages import stage
 
 _STAMP = "_pevlm_stamp"
 
@@ -47,16 +48,17 @@ def check_unchanged(video: Any) -> None:
 
 
 def source_digest(video: Any) -> bytes | None:
-    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``, or of the frames in its place; None
-    for what is neither."""
-    if isinstance(video, FrameVideo):
-        return video.digest()
+    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``, or of frames in its place; None
+    for what SGLang did not open."""
+    if isinstance(video, FrameArrays):
+        return video.digest
     source = getattr(video, "_source", None)
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).digest()
-    if isinstance(source, str):
-        with open(source, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+    with stage("hash"):
+        if isinstance(source, bytes):
+            return hashlib.sha256(source).digest()
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
     return None
 
 

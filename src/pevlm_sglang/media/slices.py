@@ -12,11 +12,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
 
+from pevlm_sglang.media.stages import frames_decoded, stage
 from pevlm_sglang.media.video_file import decoded, frame_bytes
 
 SLICE_FRAMES = 32
@@ -24,6 +27,7 @@ MEMORY = 512 << 20
 """Bytes of decoded frames that a server holds, and of what they are resized in."""
 
 _MOST_THREADS = 16  # each has a decoder of its own
+_MOST_FFMPEG_THREADS = 4  # of a decoder; others decode too
 _WORKING = 1.5  # bytes for a byte of a decoded frame, with what the work on it takes
 _SHARE = 4  # of the memory that no slice exceeds, so that several fit
 
@@ -50,7 +54,7 @@ class Reader:
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function in a thread of the pool. Cancelled, it has ended or was never begun."""
-        called = self._pool.submit(function, *args)
+        called = self._pool.submit(copy_context().run, function, *args)
         result = asyncio.wrap_future(called)
         try:
             return await asyncio.shield(result)
@@ -74,11 +78,12 @@ class Reader:
         """
         frame = frame_bytes(video) * _WORKING
         step = max(1, min(SLICE_FRAMES, int(self._largest // frame)) // multiple) * multiple
-        again = _again(video)
-        cuts = segments(indices, keyframes(video), step, self.threads if again else 1)
+        several = _is_of_sglang(video) and len(indices) > step
+        cuts = segments(indices, keyframes(video), step, self.threads if several else 1)
+        threads = min(_MOST_FFMPEG_THREADS, self.threads // len(cuts)) if several else 1
         await all_of(
             self._segment(
-                again if again and start else lambda: video,
+                partial(_again, video, threads) if start or threads > 1 else lambda: video,
                 [indices[at : min(at + step, end)] for at in range(start, end, step)],
                 start,
                 int(frame),
@@ -108,7 +113,7 @@ class Reader:
                 held = frame * len(part)
                 await self._memory.take(held)
                 try:
-                    frames = await self.run(decoded, video, list(part))
+                    frames = await self.run(_decoded, video, list(part))
                     if last is not None:
                         await last
                     last = asyncio.ensure_future(self._work(work, at, frames, held))
@@ -132,15 +137,23 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _decoded(video: Any, indices: list[int]) -> torch.Tensor:
+    with stage("decode"):
+        frames = decoded(video, indices)
+    frames_decoded(len(indices))
+    return frames
+
+
 def segments(
     indices: Sequence[int], keys: Sequence[int] | None, step: int, most: int
 ) -> list[tuple[int, int]]:
-    """Parts of the sampled frames, alike in length, that several decoders read at the same time
-    and decode no frame twice.
+    """Parts of the sampled frames, alike in length, that several decoders read at the same time.
+    A decoder begins at the keyframe before its part: of what lies between, no more than an eighth
+    of a part is decoded twice.
 
     Args:
         indices: of the sampled frames in the file, ascending.
-        keys: of the file's keyframes, ascending: a part starts behind a new one. None = unknown.
+        keys: of the file's keyframes, ascending; None = unknown.
         step: frames of a slice, of which a part has whole ones.
         most: parts.
 
@@ -149,14 +162,18 @@ def segments(
     """
     starts = list(range(step, len(indices), step))
     if keys is not None:
-        starts = [at for at in starts if _key_before(keys, indices[at]) > indices[at - 1]]
+        most_twice = (indices[-1] - indices[0]) // most // 8
+        starts = [at for at in starts if _twice(keys, indices[at - 1], indices[at]) <= most_twice]
     wanted = (round(len(indices) * part / most) for part in range(1, most))
     cuts = sorted({min(starts, key=lambda at: abs(at - cut)) for cut in wanted} if starts else ())
     return list(zip([0, *cuts], [*cuts, len(indices)], strict=True))
 
 
-def _key_before(keys: Sequence[int], index: int) -> int:
-    return keys[max(bisect_right(keys, index) - 1, 0)]
+def _twice(keys: Sequence[int], last: int, first: int) -> int:
+    """Frames that a part which begins at ``first`` decodes, and the one before it, which ends at
+    ``last``, too."""
+    key = keys[max(bisect_right(keys, first) - 1, 0)]
+    return max(last - key + 1, 0)
 
 
 def keyframes(video: Any) -> list[int] | None:
@@ -168,13 +185,21 @@ def keyframes(video: Any) -> list[int] | None:
     return None if find is None or handle is None else find(handle).tolist()
 
 
-def _again(video: Any) -> Callable[[], Any] | None:
-    """Opens the file once more; None for what SGLang did not open."""
-    source = getattr(video, "_source", None)
-    if source is None:
-        return None
-    device = getattr(video, "_tc_kwargs", {}).get("device", "cpu")
-    return lambda: type(video)(source, device=device)
+def _is_of_sglang(video: Any) -> bool:
+    """Whether it has a file that can be opened once more."""
+    return getattr(video, "_source", None) is not None
+
+
+def _again(video: Any, threads: int) -> Any:
+    """The file once more, decoded by as many threads of FFmpeg where its decoder takes a number:
+    what a file gets whose keyframes are too few for several decoders."""
+    options = getattr(video, "_tc_kwargs", {})
+    opened = type(video)(video._source, device=options.get("device", "cpu"))
+    if threads > 1 and options and "device" not in options:
+        from torchcodec.decoders import VideoDecoder
+
+        opened._decoder = VideoDecoder(video._source, num_ffmpeg_threads=threads, **options)
+    return opened
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

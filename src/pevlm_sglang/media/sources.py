@@ -18,7 +18,8 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from pevlm_sglang.media.frames import GivenFrames
+from pevlm_sglang.media import limits
+from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
@@ -63,11 +64,14 @@ class SafeSources:
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
+        limits.limits.check_source(data)
         with reading():
             if modality == Modality.IMAGE:
                 check_path(data)
-            if isinstance(data, GivenFrames):
-                return data.open()
+            if modality == Modality.VIDEO:
+                source = getattr(data, "url", data)
+                if (frames := frame_arrays(source)) is not None:
+                    return frames
             stamp = file_stamp(data)
             loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs

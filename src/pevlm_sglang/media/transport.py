@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from pevlm_sglang.media.stages import report, stage
+
 
 async def send(
     upstream: Callable[..., Coroutine[Any, Any, None]], manager: Any, tokenized: Any
@@ -27,7 +29,9 @@ async def send(
         return await upstream(manager, tokenized)
     copying = asyncio.ensure_future(asyncio.to_thread(wrap_shm_features, tokenized))
     try:
-        await asyncio.shield(copying)
+        with stage("transfer"):
+            await asyncio.shield(copying)
+        report(metrics=manager.enable_metrics)
         await upstream(manager, tokenized)
     except BaseException:  # a client that hung up, for instance: nobody else gives it back
         await asyncio.wait([copying])

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-_MOST_PIXELS = 1 << 26  # of a frame, twice an 8K one: a file of some kB can be as large as it says
+from pevlm_sglang.media import limits
+
 _DECODERS = ("torchcodec", "decord")  # the two that SGLang takes
 _SERVERS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -19,13 +20,16 @@ def length_and_rate(video: Any) -> tuple[int, float]:
     """Frames, and frames a second, of SGLang's ``VideoDecoderWrapper``.
 
     Raises:
-        ValueError: a file without frames, or one that does not say its rate.
+        ValueError: a file without frames, one that does not say its rate, or one beyond the
+            server's limits.
     """
     frames, rate = len(video), video.avg_fps
     if not frames:
         raise ValueError("video: expected at least one frame, got none")
     if not rate or not 0 < rate < math.inf:
         raise ValueError(f"video: expected a frame rate, got {rate}")
+    height, width = video.frame_shape
+    limits.limits.check_video(frames, float(rate), (width, height))
     return frames, float(rate)
 
 
@@ -46,16 +50,8 @@ def decoding() -> Iterator[None]:
 
 
 def frame_bytes(video: Any) -> int:
-    """Bytes of a decoded frame of full size.
-
-    Raises:
-        ValueError: more pixels than a frame may have.
-    """
+    """Bytes of a decoded frame of full size."""
     height, width = video.frame_shape
-    if height * width > _MOST_PIXELS:
-        raise ValueError(
-            f"video: expected frames of at most {_MOST_PIXELS} pixels, got {width} x {height}"
-        )
     return 3 * int(height) * int(width)
 
 

@@ -18,10 +18,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "max_pixels"
 
-_NUMBERS = ("fps", "max_frames")
-_NOT_READ = ("min_dynamic_patch", "max_long_side_pixel")
-"""SGLang's own names there, which no processor of a family reads."""
-
 _MODELS = (
     "ChatCompletionMessageContentVideoURL",
     "ChatCompletionMessageContentVideoPart",
@@ -63,16 +59,9 @@ def offer_max_pixels() -> None:
 
 
 def _declare(models: list[Any]) -> None:
-    from pydantic import BeforeValidator
     from pydantic.fields import FieldInfo
 
-    names = models[0].model_fields
-    names[NAME] = FieldInfo(annotation=int | None, default=None)
-    for name in (NAME, *_NUMBERS):
-        names[name].metadata.append(BeforeValidator(_no_boolean))
-    for name in _NOT_READ:
-        if name in names:
-            names[name] = FieldInfo(annotation=type(None), default=None)
+    models[0].model_fields[NAME] = FieldInfo(annotation=int | None, default=None)
     for model in models[:2]:  # a name that nobody reads is a 400, in the part and beside it
         model.model_config["extra"] = "forbid"
     for model in models:
@@ -82,13 +71,6 @@ def _declare(models: list[Any]) -> None:
     [message] = models[-1].model_validate(body).model_dump()["messages"]
     if message["content"][0]["video_url"].get(NAME) != 1:
         raise _unsupported("does not take a new field")
-
-
-def _no_boolean(value: Any) -> Any:
-    """Pydantic takes true for 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {str(value).lower()}")
-    return value
 
 
 def _unsupported(why: str) -> UnsupportedError:

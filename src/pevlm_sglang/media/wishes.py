@@ -2,8 +2,7 @@
 
 A chat request says it in the ``video_url`` part, beside ``url``; on ``/generate`` an entry of
 ``video_data`` may be a mapping with ``url`` and these names. It applies to that video alone, within
-the server's limits. Frames in place of a video are not sampled again; ``sample_fps`` beside them
-says how many of them are a second.
+the server's limits.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
-
-from pevlm_sglang.media.frames import RATE, SAMPLE_FPS, GivenFrames, are_frames
 
 
 @dataclass(frozen=True)
@@ -67,50 +64,41 @@ class Wishes:
                 )
 
 
+_PROCESSED = (
+    "one that is processed already (processor_output, precomputed_embedding), whose sampling and "
+    "positions this server cannot answer for; send the video, or serve without PEVLM"
+)
 _NAMES = tuple(field.name for field in fields(Wishes))
-_SAMPLING = ("fps", "max_frames")
 
 
-def split(
-    video_data: Sequence[Any] | None, read_elsewhere: Sequence[str] = ()
-) -> tuple[list[Any], list[Wishes]]:
+def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
-        video_data: of SGLang's ``GenerateReqInput``: paths, URLs, bytes or frames, ``VideoData``
-            objects (from ``video_url``), or mappings (from ``/generate``).
-        read_elsewhere: names in a ``video_url`` part that are none of its sampling.
+        video_data: of SGLang's ``GenerateReqInput``: paths, URLs or bytes, ``VideoData`` objects
+            (from ``video_url``), or mappings (from ``/generate``).
 
     Raises:
-        ValueError: a bad value, or a video that is no longer one.
+        ValueError: a bad value.
     """
-    pairs = [_split(video, read_elsewhere) for video in video_data or ()]
+    pairs = [_split(video) for video in video_data or ()]
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
-def _split(video: Any, read_elsewhere: Sequence[str]) -> tuple[Any, Wishes]:
-    source, wishes = video, {}
+def _split(video: Any) -> tuple[Any, Wishes]:
+    source: Any
+    wishes: Mapping[str, Any] | None
     if isinstance(video, Mapping):
         if "url" not in video:
             raise ValueError(
-                "video: expected a file, URL, bytes or frames, or a mapping with url, got a "
-                f"mapping of {', '.join(map(str, video))[:100]}; features that were processed "
-                "elsewhere (processor_output, precomputed_embedding) are not taken"
+                "video: expected a file, URL, bytes or frames, or a mapping with url, got "
+                f"{_PROCESSED if 'format' in video else 'another one'}"
             )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
-    elif (said := getattr(video, "preprocess_kwargs", None)) is not None:
-        source, wishes = video.url, {k: v for k, v in said.items() if k not in read_elsewhere}
-    rate = wishes.pop(RATE, None)
-    if unknown := [name for name in wishes if name not in _NAMES]:
-        raise ValueError(f"video {str(unknown[0])[:50]}: expected one of {', '.join(_NAMES)}")
-    sampling = Wishes(**wishes)
-    if not are_frames(source):
-        if rate is not None:
-            raise ValueError(f"{RATE}: expected frames, whose rate it is, got a video file")
-        return source, sampling
-    if asked := [name for name in _SAMPLING if getattr(sampling, name) is not None]:
-        raise ValueError(
-            f"{asked[0]}: expected a video file, got frames, all of which are taken; {RATE} says "
-            "how many of them are a second"
-        )
-    return GivenFrames(source, SAMPLE_FPS if rate is None else rate), sampling
+        if unknown := [name for name in wishes if name not in _NAMES]:
+            raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
+    elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
+        source = video.url
+    else:
+        return video, Wishes()
+    return source, Wishes(**{name: wishes[name] for name in _NAMES if name in wishes})

@@ -74,6 +74,28 @@ class PevlmConfig:
         per_request=False,
     )
 
+    media_paths: str = _option(
+        "",
+        "directories, with colons between them, below which requests may name files; empty = all "
+        "where the server listens on its own machine alone, none elsewhere; / = all",
+        per_request=False,
+    )
+    max_source_mb: int = _option(
+        4096,
+        "of a file, or of media inside a request, in MiB",
+        least=1,
+        per_request=False,
+    )
+    max_video_seconds: int = _option(
+        14_400, "of a video, whose sampled frames are decoded", least=1, per_request=False
+    )
+    max_frame_megapixels: int = _option(
+        64,
+        "of a video's frame before its resize, x 1,048,576",
+        least=1,
+        per_request=False,
+    )
+
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value: Any = getattr(self, option.name)
@@ -148,17 +170,28 @@ class PevlmConfig:
         return dataclasses.asdict(self)
 
 
-def resolve(file: str | Path | None, flags: Mapping[str, Any]) -> PevlmConfig:
+def resolve(
+    file: str | Path | None, flags: Mapping[str, Any], *, prefix: str = "pevlm_"
+) -> PevlmConfig:
     """The server's configuration.
 
     Args:
         file: a YAML file with any of the options, or None; see :func:`find_file`.
         flags: values that the command line or ``Engine(...)`` gave; those not given are absent.
+        prefix: of the flags' names, which an error spells as they were typed.
 
     Raises:
         ValueError: a file that is missing or not a mapping, an unknown name, a bad value.
     """
     values = {} if file is None else load_file(find_file(file))
+    for name, value in flags.items():
+        try:
+            PevlmConfig().override({name: value})
+        except ValueError as error:
+            if not str(error).startswith(f"{name}: "):
+                raise
+            typed = flag(prefix + name)
+            raise ValueError(typed + str(error).removeprefix(name)) from None
     return PevlmConfig().override({**values, **flags})
 
 
@@ -184,7 +217,7 @@ def find_file(file: str | Path) -> Path:
         return path
     if file not in preset_names():
         raise ValueError(
-            f"{_shown(file)}: expected a preset ({', '.join(preset_names())}) or the "
+            f"pevlm config {_shown(file)}: expected a preset ({', '.join(preset_names())}) or the "
             "path of a YAML file, such as ./pevlm.yaml"
         )
     return PRESETS / f"{file}.yaml"
@@ -201,16 +234,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"pevlm config {path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"pevlm config {path}: not valid YAML: {error}") from None
     content = {} if content is None else content
     try:
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping of options, got {type(content).__name__}")
         PevlmConfig().override(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"pevlm config {path}: {error}") from None
     return content
 
 

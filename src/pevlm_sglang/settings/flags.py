@@ -71,20 +71,8 @@ def requested(server_args: Any, flags: dict[str, Any]) -> PevlmConfig | None:
             "--decode-attention-backend pevlm: PEVLM changes prefill alone; "
             "use --attention-backend pevlm or --prefill-attention-backend pevlm"
         )
-    if not chosen:
-        return None
     options = dict(flags)
-    file = options.pop("config", None)
-    for name, value in options.items():
-        try:
-            PevlmConfig().override({name: value})
-        except ValueError as error:  # "name: expected ..."
-            typed = flag(f"pevlm_{name}")
-            raise ValueError(f"{typed}{str(error).removeprefix(name)}") from None
-    try:
-        return resolve(file, options)
-    except ValueError as error:
-        raise ValueError(f"--pevlm-config: {error}") from None
+    return resolve(options.pop("config", None), options) if chosen else None
 
 
 def write_base_backend(server_args: Any, config: PevlmConfig) -> None:

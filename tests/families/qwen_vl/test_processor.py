@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +20,7 @@ from PIL import Image
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
 from pevlm_sglang.settings.config import VIDEO_RESIZES
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
-from support.processor import Processor, sglang_processor
+from support.processor import Processor, in_the_scheduler, longest_pause, sglang_processor
 from support.tiny import make_tiny_model
 from support.video import write_video
 
@@ -105,7 +109,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def reference(
     model: Model,
     name: str,
-    videos: Sequence[tuple[Path, Mapping[str, Any]]],
+    videos: Sequence[tuple[Path | Sequence[Any], Mapping[str, Any]]],
     prompt: str,
     resize: str = "uint8",
 ) -> Any:
@@ -210,6 +214,68 @@ def test_upstream_differs(
         assert got.shape != expected.shape or (got - expected).abs().max() > 0.1
 
 
+# --- Loops -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scheduler_hashes_nothing(start: Start, clip: Callable[..., Path], name: str) -> None:
+    """Nor does anything else that has read the same file under the same settings."""
+    videos = [str(clip(12, (112, 84), seed=seed)) for seed in (0, 1)]
+    prompt = PROMPT.replace(VIDEO, f"{VIDEO} and {VIDEO}")
+    processor = start(name, video=FEW)
+
+    def hashes(*paths: str) -> list[int]:
+        inputs = in_the_scheduler(processor(prompt, paths))
+        return [item.hash for item in inputs.mm_items]
+
+    there = hashes(*videos)
+    assert there == hashes(*videos)
+    assert not {*there} & {*hashes(videos[1], videos[1])} - {*there[1:]}
+    copy = Path(videos[0]).with_name("copy.mp4")
+    copy.write_bytes(Path(videos[0]).read_bytes())
+    assert there == hashes(str(copy), videos[1])
+
+
+def test_images_are_hashed_in_the_launcher(start: Start) -> None:
+    picture = Image.fromarray(np.full((56, 56, 3), 40, np.uint8))
+    prompt = PROMPT.replace("video", "image")
+    assert in_the_scheduler(start("qwen2_5_vl")(prompt, images=[picture])).mm_items[0].hash
+
+
+def test_transformers_processor_runs_in_a_thread(
+    start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one processor SGLang calls it on the event loop; on a GPU it has one."""
+    processor = start("qwen2_5_vl", video=FEW)
+    assert processor.sglang.mm_processor_executor is None
+    where, call = [], processor.sglang._call_processor
+
+    def watched(*args: Any) -> Any:
+        where.append(threading.current_thread())
+        return call(*args)
+
+    monkeypatch.setattr(processor.sglang, "_call_processor", watched)
+    processor(PROMPT, [str(clip(12, (112, 84)))])
+    assert len(where) == 1
+    assert where[0] is not threading.main_thread()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_event_loop_goes_on(start: Start, clip: Callable[..., Path], name: str) -> None:
+    """While eight videos come in at once."""
+    video = str(clip(120, (644, 336), 30.0))
+    processor = start(name, video={"nframes": 120})
+
+    async def eight() -> float:
+        videos = [processor.process(PROMPT, [video]) for _ in range(8)]
+        return await longest_pause(asyncio.gather(*videos))
+
+    began = time.perf_counter()
+    pause = asyncio.run(eight())
+    assert pause < max(0.15, (time.perf_counter() - began) / 20)  # what one video takes: an eighth
+
+
 # --- Settings of a request ----------------------------------------------------------------------
 
 WISHES = [
@@ -299,7 +365,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_frames": 10}, {"max_frames": 11}, "max_frames: expected at most 10"),
         ({}, {"max_frames": 1.5}, "max_frames: expected a whole number"),
-        ({}, {"max_frames": 1}, "max_frames: expected at least 2 frames, which this model"),
+        ({}, {"max_frames": 1}, "max_frames: expected at least 2 sampled frames, got 1"),
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
@@ -328,27 +394,52 @@ def test_wish_below_the_servers_least(start: Start, clip: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count", [1, 2, 5, 6])
-@pytest.mark.parametrize("rate", [None, 0.5, 8])
+@pytest.mark.parametrize(("frames", "rate"), [(8, None), (7, None), (1, None), (6, 0.5)])
 def test_frames_instead_of_a_file(
-    models: dict[str, Model], start: Start, name: str, count: int, rate: float | None
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    name: str,
+    frames: int,
+    rate: float | None,
 ) -> None:
-    """All of them, the last of an odd number twice, at two a second or the rate that is said."""
-    generator = torch.Generator().manual_seed(count)
-    shape = (count, 448, 448, 3)  # the reference resizes each first, to multiples of two tokens
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
-    said = {} if rate is None else {"sample_fps": rate}
-    clip = reference_video(
-        [Image.fromarray(frame) for frame in frames], {**FEW, **said}, image_patch_size=PATCH[name]
-    )
-    expected = reference_inputs(models[name].processor, PROMPT, [clip])
-    output = start(name, video=FEW)(PROMPT, [{"url": frames, **said}])
+    """All of them, at two a second or at the rate that the request says, as in qwen-vl-utils."""
+    from PIL import Image
+    from torchcodec.decoders import VideoDecoder
+
+    size = (112, 56) if PATCH[name] == 14 else (128, 64)  # where qwen-vl-utils does not resize
+    decoder = VideoDecoder(str(clip(20, size)), dimension_order="NHWC")
+    arrays = decoder.get_frames_at(list(range(frames))).data.numpy()
+    pictures = [Image.fromarray(frame) for frame in arrays]
+    wishes = {} if rate is None else {"sample_fps": rate}
+    expected = reference(models[name], name, [(pictures, {**FEW, **wishes})], PROMPT)
+    video: Any = pictures if rate is None else {"url": pictures, "fps": rate}
+    output = start(name, video=FEW)(PROMPT, [video])
     assert_same(output, expected)
     if name != "qwen3_vl":
         config, ids = models[name].config, expected["input_ids"][0]
         assert torch.equal(output.mrope_positions, mrope_positions(config, expected, ids)[:, 0])
-    with pytest.raises(ValueError, match="fps: expected a video file, got frames"):
-        start(name)(PROMPT, [{"url": frames, "fps": 1}])
+
+
+@pytest.mark.parametrize(
+    ("count", "wishes", "message"),
+    [
+        (5, {}, "expected at most 4 frames in a list, the server's max_frames, got 5"),
+        (4, {"max_frames": 2}, "max_frames: expected an encoded video, got frames"),
+    ],
+)
+def test_frames_that_are_refused(start: Start, count: int, wishes: Any, message: str) -> None:
+    frames = torch.zeros(count, 3, 56, 56, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        start("qwen2_5_vl", video={**FEW, "max_frames": 4})(PROMPT, [{"url": frames, **wishes}])
+
+
+def test_a_request_has_files_and_frames(start: Start, clip: Callable[..., Path]) -> None:
+    videos = [clip(8, (112, 84)), torch.zeros(4, 3, 56, 56, dtype=torch.uint8)]
+    output = start("qwen2_5_vl", video=FEW)(
+        PROMPT.replace("What", VIDEO), [str(videos[0]), videos[1]]
+    )
+    assert [row[0] for row in grids(output)] == [2, 2]
 
 
 # --- Settings of the server ------------------------------------------------------------------
@@ -364,7 +455,6 @@ def test_frames_instead_of_a_file(
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
         ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
         ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
-        ({"nframes": 1}, "nframes: expected at least 2 frames"),
     ],
 )
 def test_bad_settings_of_the_server(

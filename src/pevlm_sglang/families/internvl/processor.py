@@ -25,12 +25,12 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry, label
 from pevlm_sglang.families.internvl.tiles import tiles_of
-from pevlm_sglang.families.processor import VideoProcessor, check_images
+from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
-from pevlm_sglang.media.frames import FrameVideo
 from pevlm_sglang.media.identity import identity, pixels_digest
 from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ class _Tiles(NamedTuple):
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM."""
 
-    read_elsewhere = ("max_dynamic_patch",)
-
     video_preprocessing_device = "cpu"  # decode there, as the reference does
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,18 +69,6 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     def geometry_of(hf_config: Any) -> InternVLGeometry:
         return InternVLGeometry()  # for its sampling alone
 
-    async def _process_special_format(
-        self, image_data: Any, video_data: Any, **kwargs: Any
-    ) -> MultimodalProcessorOutput:
-        """A prompt of token ids, which SGLang takes without media alone; its other use is features
-        that were processed elsewhere, which are refused."""
-        check_images(image_data or ())
-        self.wishes(video_data)
-        output: MultimodalProcessorOutput = await super()._process_special_format(
-            image_data=image_data, video_data=video_data, **kwargs
-        )
-        return output
-
     async def process_qwen_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
     ) -> MultimodalProcessorOutput:
@@ -92,13 +78,14 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             ValueError: HTTP 400.
         """
         videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
-        media = await self.load_mm_data(
-            prompt=self._with_placeholders(input_text or "", image_data or (), videos),
-            image_data=image_data,
-            video_data=videos,
-            multimodal_tokens=self.mm_tokens,
-            discard_alpha_channel=True,
-        )
+        with stage("fetch"):
+            media = await self.load_mm_data(
+                prompt=self._with_placeholders(input_text or "", image_data or (), videos),
+                image_data=image_data,
+                video_data=videos,
+                multimodal_tokens=self.mm_tokens,
+                discard_alpha_channel=True,
+            )
         most_of = {kind: self._most(request_obj, kind) for kind in ("image", "video")}
         pictures = [image.convert("RGB") for image in media.images]
         images = await all_of(
@@ -120,6 +107,17 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             im_token_id=self.img_context_token_id,
             video_token_id=self.video_token_id,
         )
+
+    async def _process_special_format(
+        self, image_data: Any, video_data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """SGLang's way for what is processed already: images alone.
+
+        Raises:
+            ValueError: a video.
+        """
+        self.wishes(video_data)
+        return await super()._process_special_format(image_data, video_data, *args, **kwargs)
 
     # --- Media ------------------------------------------------------------------------------
 
@@ -165,10 +163,8 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        asked = [
-            len(video) if isinstance(video, FrameVideo) else wish.max_frames
-            for video, wish in zip(media.videos, wishes, strict=True)
-        ]
+        heeded = map(self.heeded, media.videos, wishes)
+        asked = [wish.max_frames for wish in heeded]
         counts = share(asked, default, most)
         if min(counts) < default and None in asked:
             logger.warning(
@@ -196,8 +192,9 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         self, text: str, images: Sequence[_Tiles], videos: Sequence[_Tiles]
     ) -> tuple[list[int], list[MultimodalDataItem]]:
         """The expanded text's tokens, and an item an image or video."""
-        expanded = self._expanded(text, images, videos)
-        ids = self.tokenizer(expanded, return_tensors="pt")["input_ids"].flatten()
+        with stage("process"):
+            expanded = self._expanded(text, images, videos)
+            ids = self.tokenizer(expanded, return_tensors="pt")["input_ids"].flatten()
         items = [
             *self._items(Modality.IMAGE, ids, images),
             *self._items(Modality.VIDEO, ids, videos),

@@ -27,6 +27,7 @@ from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
 from pevlm_sglang.families.qwen_vl.video import Patcher, empty_patches, normalization, sample
 from pevlm_sglang.media.identity import identity
 from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
@@ -63,7 +64,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
             ValueError: a bad wish of the request, or a video that cannot be sampled (HTTP 400).
         """
         sources, wishes = self.wishes(video_data)
-        loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
+        with stage("fetch"):
+            loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
         if loaded.videos:
             # SGLang drops videos without a placeholder, which come last.
             videos = await self._patched(loaded.videos, wishes[: len(loaded.videos)])
@@ -74,6 +76,7 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         """Sample, resize and patchify the videos of a prompt."""
         planned = []
         for video, wish in zip(videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
             planned.append(sample(video, self.geometry, settings))
         grids = [one.grid(self.geometry) for one in planned]
@@ -93,16 +96,14 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         ]
         return PatchedVideos(patches, grids, [one.metadata for one in planned], identities)
 
-    async def process_and_combine_mm_data_async(
+    def process_and_combine_mm_data(
         self, base_output: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> tuple[Any, Any, Any]:
         """Hand over patches without the settings that they were made by; and leave the steps of a
         video with timestamps on its item."""
         if patched_videos(base_output.videos) is not None:
             kwargs |= {"processor_video_config": {}, "video_metadata": None}
-        items, ids, output = await super().process_and_combine_mm_data_async(
-            base_output, *args, **kwargs
-        )
+        items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output

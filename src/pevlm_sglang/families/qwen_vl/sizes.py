@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pevlm_sglang.families.sizes import (
-    Checkpoint,
     Geometry,
     Settings,
     VideoTokens,
+    context_length,
     processor_settings,
+    section,
+    whole,
 )
 
 _FRAME_FACTOR = 2  # an even number of frames is sampled
@@ -98,16 +100,10 @@ class QwenGeometry(Geometry):
         return self.patch_size * self.merge_size
 
     def settings(self, values: Mapping[str, Any]) -> VideoSettings:
-        """See the base; bounds must leave room for a step too."""
+        """See the base; bounds must leave room for a frame too."""
         settings = VideoSettings.of(values, self.setting_names)
         if "fps" in values and "nframes" in values:
             raise ValueError("fps, nframes: expected one or the other, got both")
-        for name in ("nframes", "max_frames"):
-            if (getattr(settings, name) or _FRAME_FACTOR) < _FRAME_FACTOR:
-                raise ValueError(
-                    f"{name}: expected at least {_FRAME_FACTOR} frames, which this model merges "
-                    f"into a step, got {getattr(settings, name)}"
-                )
         least = self.min_pixels(settings)
         if settings.max_pixels is not None and settings.max_pixels < least:
             raise ValueError(
@@ -148,14 +144,21 @@ class QwenGeometry(Geometry):
             wanted = total_frames / fps * settings.fps
             bounded = min(max(wanted, least), settings.max_frames, total_frames)
             frames = _multiple(bounded, _FRAME_FACTOR, math.floor)
-        if total_frames < _FRAME_FACTOR:
+        if frames < _FRAME_FACTOR:
+            if total_frames < _FRAME_FACTOR:
+                raise ValueError(
+                    f"video: expected at least {_FRAME_FACTOR} frames, which this model sees as "
+                    f"one step, got {total_frames}; send a single frame as an image"
+                )
+            name = "max_frames" if settings.nframes is None else "nframes"
             raise ValueError(
-                f"video: expected at least {_FRAME_FACTOR} frames, which this model merges into a "
-                f"step, got {total_frames}; send a single frame as an image"
+                f"{name}: expected at least {_FRAME_FACTOR} sampled frames, got "
+                f"{getattr(settings, name)}"
             )
         if frames > total_frames:
             raise ValueError(
-                f"sampled frames: the video has only {total_frames}, got nframes {frames}"
+                f"nframes: expected at most the video's {total_frames} frames, got {frames}; a "
+                "request with fps or max_frames takes fewer"
             )
         return frames
 
@@ -271,9 +274,8 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
             f"model_type {model_type}: expected one of {', '.join(PUBLISHED)}; "
             "the token counts of other models are not known here"
         )
-    values = Checkpoint(config, directory / "config.json")
-    settings = Checkpoint(processor_settings(directory), f"{directory}: its processor files")
-    vision = values.section("vision_config") if config.get("vision_config") else values
+    settings = processor_settings(directory)
+    vision = section(config, "vision_config", {})
     sizes: dict[str, int] = {}
     for ours, name, in_config in (
         ("patch_size", "patch_size", "patch_size"),
@@ -281,16 +283,14 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
         ("frames_per_step", "temporal_patch_size", "temporal_patch_size"),
     ):
         default = getattr(PUBLISHED[model_type], ours)
-        sizes[ours] = settings.whole(name, default)
-        if (wanted := vision.whole(in_config, default)) != sizes[ours]:
+        sizes[ours] = whole(settings, name, default)
+        if (wanted := whole(vision, in_config, default)) != sizes[ours]:
             raise ValueError(
                 f"{name}: config.json of {directory} says {wanted}, its processor files say "
                 f"{sizes[ours]}"
             )
-    text = values.section("text_config") if config.get("text_config") else values
-    return QwenGeometry(
-        model_type, **sizes, context_length=text.whole_or_none("max_position_embeddings")
-    )
+    text = section(config, "text_config", config)
+    return QwenGeometry(model_type, **sizes, context_length=context_length(text))
 
 
 def _multiple(number: float, factor: int, rounding: Callable[[float], int] = round) -> int:

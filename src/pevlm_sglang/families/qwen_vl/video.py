@@ -16,7 +16,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
-from pevlm_sglang.media.frames import FrameVideo
+from pevlm_sglang.media.frame_arrays import FrameArrays
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 
 _PIXELS_AT_ONCE = 1 << 22  # of a resize in fp32
@@ -44,7 +45,7 @@ class Sampled:
 
 
 def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
-    """What is sampled from SGLang's ``VideoDecoderWrapper``.
+    """What is sampled from SGLang's ``VideoDecoderWrapper``, or of frames in its place.
 
     Raises:
         ValueError: a video with too few frames, or too long and narrow ones.
@@ -52,39 +53,23 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils.
     """
     total, fps = length_and_rate(video)
-    if isinstance(video, FrameVideo):
-        return _given(video, geometry, settings)
-    count = geometry.sampled_frames(total, fps, settings)
-    indices = torch.linspace(0, total - 1, count).round().long().tolist()
+    if isinstance(video, FrameArrays):  # all of them, and the last one once more to whole steps
+        indices = list(range(total))
+        total += -total % geometry.frames_per_step
+        places = list(range(total))
+    else:
+        count = geometry.sampled_frames(total, fps, settings)
+        places = indices = torch.linspace(0, total - 1, count).round().long().tolist()
     height, width = video.frame_shape
-    size = geometry.resized(count, (width, height), settings)
+    size = geometry.resized(len(places), (width, height), settings)
     metadata = {
         "fps": fps,
         "duration": total / fps,
         "total_num_frames": total,
-        "frames_indices": indices,
+        "frames_indices": places,
         "video_backend": "torchcodec",
     }
     return Sampled(indices, size, metadata)
-
-
-def _given(video: FrameVideo, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
-    """All of a request's frames; of an odd number the last one twice, as a frame of its own.
-
-    Source: ``fetch_video`` of qwen-vl-utils, without its resize of each frame as a picture.
-    """
-    indices = list(range(len(video)))
-    indices += indices[-1:] * (len(indices) % 2)
-    count = len(indices)
-    height, width = video.frame_shape
-    metadata = {
-        "fps": video.avg_fps,
-        "duration": count / video.avg_fps,
-        "total_num_frames": count,
-        "frames_indices": list(range(count)),
-        "video_backend": "torchcodec",
-    }
-    return Sampled(indices, geometry.resized(count, (width, height), settings), metadata)
 
 
 def resized(frames: torch.Tensor, size: tuple[int, int], *, exact: bool) -> torch.Tensor:
@@ -139,7 +124,12 @@ class Patcher:
 
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`; ``start`` begins a step."""
-        pixels = resized(frames, self._size, exact=self._exact)
+        with stage("resize"):
+            pixels = resized(frames, self._size, exact=self._exact)
+        with stage("process"):
+            self._write(start, pixels)
+
+    def _write(self, start: int, pixels: torch.Tensor) -> None:
         if missing := -len(pixels) % self._per_step:  # of a video's last step
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         steps = self._steps[start // self._per_step :]
