@@ -71,21 +71,25 @@ _PROCESSED = (
 _NAMES = tuple(field.name for field in fields(Wishes))
 
 
-def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
+def split(
+    video_data: Sequence[Any] | None, read_elsewhere: Sequence[str] = ()
+) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
         video_data: of SGLang's ``GenerateReqInput``: paths, URLs or bytes, ``VideoData`` objects
             (from ``video_url``), or mappings (from ``/generate``).
+        read_elsewhere: names in a ``video_url`` part that are no sampling, and that SGLang hands to
+            the processor in another way.
 
     Raises:
-        ValueError: a bad value.
+        ValueError: a bad value, or a name that nobody reads.
     """
-    pairs = [_split(video) for video in video_data or ()]
+    pairs = [_split(video, read_elsewhere) for video in video_data or ()]
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
-def _split(video: Any) -> tuple[Any, Wishes]:
+def _split(video: Any, read_elsewhere: Sequence[str]) -> tuple[Any, Wishes]:
     source: Any
     wishes: Mapping[str, Any] | None
     if isinstance(video, Mapping):
@@ -95,10 +99,10 @@ def _split(video: Any) -> tuple[Any, Wishes]:
                 f"{_PROCESSED if 'format' in video else 'another one'}"
             )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
-        if unknown := [name for name in wishes if name not in _NAMES]:
-            raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
     elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
-        source = video.url
+        source, wishes = video.url, {k: v for k, v in wishes.items() if k not in read_elsewhere}
     else:
         return video, Wishes()
-    return source, Wishes(**{name: wishes[name] for name in _NAMES if name in wishes})
+    if unknown := [name for name in wishes if name not in _NAMES]:
+        raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")
+    return source, Wishes(**wishes)
