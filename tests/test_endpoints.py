@@ -209,7 +209,9 @@ def test_the_check_sees_what_the_endpoint_sees(monkeypatch: pytest.MonkeyPatch) 
     guard_http_server()
     app.add_middleware(type("Metrics", (), {}))
     names = [middleware.cls.__name__ for middleware in app.user_middleware]
-    assert names == ["Metrics", "Decompression", "RefuseDropped"], "the outermost comes first"
+    assert names == ["Metrics", "ServerTiming", "Decompression", "RefuseDropped"], (
+        "the outermost comes first"
+    )
 
 
 def test_a_long_video_costs_a_search() -> None:
