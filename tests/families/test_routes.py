@@ -215,6 +215,22 @@ def test_refused(process: Any, route: str) -> None:
         process([REFUSED[route]])
 
 
+def test_sglang_s_names_for_other_models(process: Any, family: str, clip: Path) -> None:
+    """In a ``video_url`` part: read by whoever has tiles, and by nobody."""
+    from sglang.srt.utils import VideoData
+
+    def ask(**said: int) -> Any:
+        return process([VideoData(url=str(clip), preprocess_kwargs=said)])
+
+    with pytest.raises(ValueError, match="video max_image_tokens: expected one of fps, max_frames"):
+        ask(max_image_tokens=64)
+    if family == "internvl":
+        assert ask(max_dynamic_patch=1).input_ids == process([str(clip)]).input_ids
+    else:
+        with pytest.raises(ValueError, match="video max_dynamic_patch: expected one of fps"):
+            ask(max_dynamic_patch=1)
+
+
 PROCESSED = ("processor_output", "precomputed_embedding")
 
 
