@@ -84,6 +84,11 @@ def test_everything_else_passes_as_it_came(body: bytes, parts: int) -> None:
     assert ask("/v1/responses", body, parts=parts) == (200, body)
 
 
+@pytest.mark.parametrize("body", [b"[" * 10**5 + b'"fps"', b'{"a":' * 10**5 + b'"fps"'])
+def test_a_body_too_deep_to_read_is_sglangs_to_refuse(body: bytes) -> None:
+    assert refusal("/v1/responses", body) is None
+
+
 def test_a_body_as_deep_as_its_sender_likes() -> None:
     deep = b'{"a":' * 900 + json.dumps(SETTING).encode() + b"}" * 900
     assert "which drops it" in str(refusal("/v1/responses", deep))
@@ -114,6 +119,9 @@ def chat(*parts: Any, name: str = "messages", **more: Any) -> dict[str, Any]:
         ("/vertex_generate", "instances"),
         ("/v1/responses", "input"),
         ("/v1/messages", "messages"),
+        ("/v1/chat/completions", "messages"),
+        ("/invocations", "text"),
+        ("/v1/chat/completions", "message"),
     ],
 )
 def test_a_wish_where_it_would_be_dropped(path: str, form: Any, name: str) -> None:
@@ -122,6 +130,10 @@ def test_a_wish_where_it_would_be_dropped(path: str, form: Any, name: str) -> No
         body: Any = wish
     elif isinstance(form, list):
         body = {"sampling_params": [{}, wish]}
+    elif form == "text":
+        body = chat({"type": "text", "text": "a", **wish})
+    elif form == "message":
+        body = {"messages": [{"role": "user", "content": "a", **wish}]}
     elif form in ("input", "messages"):
         body = chat({**VIDEO, **wish}, name=form)
     else:

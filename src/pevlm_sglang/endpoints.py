@@ -85,7 +85,7 @@ def refusal(path: str, body: bytes) -> str | None:
         return None
     try:
         content = json.loads(body)
-    except ValueError:  # the endpoint's to refuse
+    except (ValueError, RecursionError):  # the endpoint's to refuse
         return None
     if not isinstance(content, dict):
         return None
@@ -128,19 +128,20 @@ WITHOUT_VIDEOS = (
 
 def _places(path: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where a wish is dropped, by name: in the body itself, in what holds parameters, and in the
-    parts of a message. A chat's parts are checked by SGLang's request model, and the entries of
-    ``video_data`` by the processor. Not in tools and schemas, whose names are the user's."""
+    parts of a message. A chat's ``video_url`` is checked by SGLang's request model, and the entries
+    of ``video_data`` by the processor. Not in tools and schemas, whose names are the user's."""
     yield "the body", content
     for name in ("options", "parameters", "sampling_params", "custom_params", "extra_body"):
         for value in _each(content.get(name)):
             yield name, value
     for value in _each(content.get("instances")):
         yield "instances", value
-    for part in _parts(content) if path not in CHATS else ():
-        yield "a part of a message", part
-        for name in _VIDEO_KEYS if path != "/v1/responses" else ():  # which obeys them in there
-            for value in _each(part.get(name)):
-                yield name, value
+    for part in _parts(content):
+        yield "a message or a part of it", part
+        if path not in (*CHATS, "/v1/responses"):
+            for name in _VIDEO_KEYS:
+                for value in _each(part.get(name)):
+                    yield name, value
 
 
 def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -346,6 +346,13 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         logger.info("PEVLM vision corrections: %s", "; ".join(corrections))
 
 
+@_hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "batch")
+def _after_forward_batch(_result: Any, _cls: type, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Just before its forward. SGLang puts the decode rows of a mixed batch last."""
+    if (serving := _Process.serving) is not None:
+        serving.observer.decode_rows = len(getattr(batch, "decoding_reqs", None) or ())
+
+
 @_hook("sglang.srt.managers.schedule_batch.Req.__init__", "sampling_params", "extra_key", "session")
 def _after_req_init(_result: None, req: Any, *args: Any, **kwargs: Any) -> None:
     if _Process.serving is not None:

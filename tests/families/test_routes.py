@@ -1,6 +1,6 @@
 """Every way by which a video comes in: the same prompt and pixels in every family, or HTTP 400.
 
-The table in docs/serving.md says which. Sessions and batches are tested on servers.
+The table in docs/serving.md says which. Batches are tested on servers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from support.processor import Processor, sglang_processor
 from support.tiny import make_tiny_model
 from support.video import video_data_url, write_video
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 FRAMES = 8
 QWEN = "<|vision_start|><|video_pad|><|vision_end|>"
 PROMPTS = {
@@ -139,18 +140,21 @@ def video_data(clip: Path) -> Any:
 
 ENCODED: dict[str, Callable[[Path], Any]] = {
     "path": str,
-    "`file://`": Path.as_uri,
+    "`file://` URL": Path.as_uri,
     "bytes": Path.read_bytes,
-    "data URL": video_data_url,
+    "`data:` URL": video_data_url,
     "base64": lambda clip: base64.b64encode(clip.read_bytes()).decode(),
-    "`video_url`": video_data,
-    "mapping": lambda clip: {"url": str(clip)},
+    "`video_url` part": video_data,
+    "mapping of `url`": lambda clip: {"url": str(clip)},
 }
 ARRAYS: dict[str, Callable[[Any], Any]] = {
-    "pictures": lambda frames: [Image.fromarray(frame) for frame in frames],
-    "array": lambda frames: frames,
-    "tensor": torch.from_numpy,
-    "mapping of pictures": lambda frames: {"url": [Image.fromarray(frame) for frame in frames]},
+    "list of pictures": lambda frames: [Image.fromarray(frame) for frame in frames],
+    "list of pictures, arrays": lambda frames: [*frames[:2], *map(torch.from_numpy, frames[2:])],
+    "array or tensor of frames": lambda frames: frames,
+    "array or tensor of frames, the latter": torch.from_numpy,
+    "what qwen-vl-utils returns": lambda frames: torch.from_numpy(frames).movedim(3, 1).float(),
+    "mapping of frames": lambda frames: {"url": [Image.fromarray(frame) for frame in frames]},
+    "mapping of frames, their rate": lambda frames: {"url": frames, "fps": 2},
 }
 
 
@@ -179,6 +183,10 @@ def test_http(process: Any, clip: Path, http_url: str) -> None:
 def test_arrays(process: Any, family: str, clip: Path, frames: Any, route: str) -> None:
     """The frames that are sampled from the file."""
     sampled = frames if family != "internvl" else frames[INTERNVL_SAMPLES]
+    if family == "internvl" and "rate" in route:  # it has none
+        with pytest.raises(ValueError, match="fps: expected one of max_frames"):
+            process([ARRAYS[route](sampled)])
+        return
     check_same(process([ARRAYS[route](sampled)]), process([str(clip)]), one_file=False)
 
 
@@ -193,7 +201,7 @@ def test_too_many_arrays(process: Any, frames: Any) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "paths of pictures": ["a.png", "b.png"],
+    "list of paths": ["a.png", "b.png"],
     "a picture alone": Image.new("RGB", (56, 56)),
     "a mapping without a format": {"feature": torch.zeros(1)},
     "nothing": None,
@@ -205,6 +213,22 @@ REFUSED: dict[str, Any] = {
 def test_refused(process: Any, route: str) -> None:
     with pytest.raises(ValueError, match=r"(?i)video"):
         process([REFUSED[route]])
+
+
+def test_sglang_s_names_for_other_models(process: Any, family: str, clip: Path) -> None:
+    """In a ``video_url`` part: read by whoever has tiles, and by nobody."""
+    from sglang.srt.utils import VideoData
+
+    def ask(**said: int) -> Any:
+        return process([VideoData(url=str(clip), preprocess_kwargs=said)])
+
+    with pytest.raises(ValueError, match="video max_image_tokens: expected one of fps, max_frames"):
+        ask(max_image_tokens=64)
+    if family == "internvl":
+        assert ask(max_dynamic_patch=1).input_ids == process([str(clip)]).input_ids
+    else:
+        with pytest.raises(ValueError, match="video max_dynamic_patch: expected one of fps"):
+            ask(max_dynamic_patch=1)
 
 
 PROCESSED = ("processor_output", "precomputed_embedding")
@@ -221,3 +245,14 @@ def test_processed_already(process: Any, family: str, format: str) -> None:
     }
     with pytest.raises(ValueError, match="processed already"):
         process([video])
+
+
+def test_the_documented_routes_are_these() -> None:
+    section = DOCUMENT.read_text().split("## How a video comes in")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    documented = {route.removeprefix("| "): outcome for route, outcome, *_ in rows}
+    refused = {"list of paths", *(f"`{format}`" for format in PROCESSED)}
+    taken = {name.split(", ")[0] for name in (*ENCODED, *ARRAYS)} - {"path", "`file://` URL"}
+    taken |= {"path, `file://` URL", "`http://` or `https://` URL"}
+    assert {route for route, outcome in documented.items() if outcome[:8] == "HTTP 400"} == refused
+    assert set(documented) - refused == taken

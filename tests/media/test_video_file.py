@@ -33,6 +33,22 @@ def test_frame_that_is_too_large_is_refused() -> None:
         length_and_rate(Video(3, 25.0, frame_shape=(8193, 8192)))
 
 
+def test_b_frames_in_a_transport_stream(tmp_path: Path) -> None:
+    """Refused, as docs/operations.md says, and right in the container that it names."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+    from torchcodec.encoders import VideoEncoder
+
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (30, 3, 64, 96), dtype=torch.uint8, generator=generator)
+    for name in ("a.mp4", "a.ts"):
+        VideoEncoder(frames, frame_rate=10).to_file(
+            tmp_path / name, codec="libx264", crf=10, preset="medium", pixel_format="yuv420p"
+        )
+    assert len(decoded(VideoDecoderWrapper(str(tmp_path / "a.mp4")), [*range(30)])) == 30
+    with pytest.raises(ValueError, match="video: could not be decoded"):
+        decoded(VideoDecoderWrapper(str(tmp_path / "a.ts")), [*range(30)])
+
+
 def test_stream_that_breaks_off_is_refused() -> None:
     with pytest.raises(ValueError, match="video: could not be decoded: no more packets"):
         decoded(Video(100, 25.0, broken_at=40), [*range(100)])

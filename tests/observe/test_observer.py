@@ -50,6 +50,19 @@ def sparse_request() -> RequestLayout:
     return RequestLayout(build(prompt, 1, 1), None)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_decode_rows_of_a_mixed_batch_are_no_prefill(sparse: bool) -> None:
+    """They are its last ones."""
+    rows = [(sparse_request() if sparse else TEXT, 0, 20), (TEXT, 0, 5)]
+    observer = Observer(log=False, metrics=False)
+    observer.decode_rows = 2
+    observe(observer, *rows, (TEXT, 30, 1), (sparse_request(), 19, 1))
+    assert observer.totals == totals_of(rows)
+    observer.decode_rows = 0
+    observe(observer, (TEXT, 30, 1))
+    assert observer.totals != totals_of(rows)
+
+
 @given(prompts(), sinks, blocks, cut_sets)
 def test_totals_are_those_of_the_mask_for_any_chunking(
     prompt: Prompt, sink: int, block: int, cuts: set[int]

@@ -84,6 +84,11 @@ def test_broken_video(
         ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
         ({"max_pixels": 3000}, "max_pixels: expected at least min_pixels, 3136 here, got 3000"),
         ({"max_pixels": 10**9}, "max_pixels: expected at most 602112, the server's limit"),
+        ({"max_image_tokens": 64}, "video max_image_tokens: expected one of fps, max_frames"),
+        ({"max_tokens_per_frame": 64}, "video max_tokens_per_frame: expected one of fps"),
+        ({"max_dynamic_patch": 2}, "video max_dynamic_patch: expected one of fps"),
+        ({"min_dynamic_patch": 2}, "min_dynamic_patch"),
+        ({"max_long_side_pixel": 64}, "max_long_side_pixel"),
     ],
 )
 def test_bad_knob_of_a_video(

@@ -87,6 +87,11 @@ def test_batch_of_several_requests(
         assert (alone.logprobs - answer.logprobs).abs().max() <= TOLERANCE
 
 
+def _counted(exchange: Exchange) -> int:
+    totals = exchange.totals()
+    return int(totals["sparse_tokens"]) + sum(totals["dense_tokens"].values())
+
+
 @pytest.mark.parametrize("exchange", ["mixed_page_16"], indirect=True)
 def test_decode_row_beside_a_prefill(exchange: Exchange, clip: Clip) -> None:
     """SGLang mixes no request that asks for log-probabilities: so the tokens are compared, and then
@@ -94,8 +99,11 @@ def test_decode_row_beside_a_prefill(exchange: Exchange, clip: Clip) -> None:
     short = about(clip(4), setting=Setting(0, 2), new_tokens=40)
     long = about(clip(40), setting=Setting(4, 6))
     exchange.flush()
+    before = _counted(exchange)
     with lines_of(exchange) as lines:
         answers = exchange.ask(short, long, logprobs=False)
+    prefilled = sum(answer.prompt_tokens - answer.cached_tokens for answer in answers)
+    assert _counted(exchange) - before == prefilled, "decode rows are no prefill"
     mixed = numbers(lines, r"PEVLM prefill batch, #req: (2),")
     assert len(mixed) >= answers[1].prompt_tokens // 64 - 2  # two chunks hold the short prompt
     for question, answer in zip((short, long), answers, strict=True):

@@ -41,6 +41,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         geometry: of the model.
         settings: of the server.
         config: of the server.
+        read_elsewhere: see :func:`~pevlm_sglang.media.wishes.split`.
         reader: decodes the videos of all requests.
 
     Raises:
@@ -48,6 +49,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
     """
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
+    read_elsewhere: Sequence[str] = ()
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
@@ -89,7 +91,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: a bad wish, or one beyond the server's limits.
         """
-        sources, wishes = split(video_data)
+        sources, wishes = split(video_data, self.read_elsewhere)
         for wish in wishes:
             wish.check(self.geometry.limits(self.settings))
         return sources, wishes

@@ -124,8 +124,8 @@ class Reader:
             if last is not None:
                 await last
         finally:
-            if last is not None and not last.done():
-                await asyncio.wait([last])
+            if last is not None:
+                await asyncio.gather(last, return_exceptions=True)
 
     async def _work(self, work: Work, start: int, frames: torch.Tensor, held: int) -> None:
         try:

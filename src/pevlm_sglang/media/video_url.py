@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 NAME = "max_pixels"
 
+_NOT_READ = ("min_dynamic_patch", "max_long_side_pixel")
+"""SGLang's own names there, which no family's processor reads: refused, as names that it lacks."""
+
 _MODELS = (
     "ChatCompletionMessageContentVideoURL",
     "ChatCompletionMessageContentVideoPart",
@@ -61,7 +64,11 @@ def offer_max_pixels() -> None:
 def _declare(models: list[Any]) -> None:
     from pydantic.fields import FieldInfo
 
-    models[0].model_fields[NAME] = FieldInfo(annotation=int | None, default=None)
+    names = models[0].model_fields
+    names[NAME] = FieldInfo(annotation=int | None, default=None)
+    for name in _NOT_READ:
+        if name in names:
+            names[name] = FieldInfo(annotation=type(None), default=None)
     for model in models[:2]:  # a name that nobody reads is a 400, in the part and beside it
         model.model_config["extra"] = "forbid"
     for model in models:

@@ -74,21 +74,27 @@ _PROCESSED = (
 _NAMES = tuple(field.name for field in fields(Wishes))
 
 
-def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
+def split(
+    video_data: Sequence[Any] | None, read_elsewhere: Sequence[str] = ()
+) -> tuple[list[Any], list[Wishes]]:
     """The videos of a request as SGLang loads them, and what each says about its sampling.
 
     Args:
         video_data: of SGLang's ``GenerateReqInput``: paths, URLs or bytes, ``VideoData`` objects
             (from ``video_url``), or mappings (from ``/generate``).
+        read_elsewhere: names in a ``video_url`` part that are no sampling, and that SGLang hands to
+            the processor in another way.
 
     Raises:
-        ValueError: a bad value.
+        ValueError: a bad value, or a name that nobody reads.
     """
-    pairs = [_split(video) for video in video_data or ()]
+    pairs = [_split(video, read_elsewhere) for video in video_data or ()]
     return [source for source, _ in pairs], [sampling for _, sampling in pairs]
 
 
-def _split(video: Any) -> tuple[Any, Wishes]:
+def _split(video: Any, read_elsewhere: Sequence[str]) -> tuple[Any, Wishes]:
+    source: Any
+    wishes: Mapping[str, Any] | None
     if isinstance(video, Mapping):
         if "url" not in video:
             raise ValueError(
@@ -96,9 +102,8 @@ def _split(video: Any) -> tuple[Any, Wishes]:
                 f"{_PROCESSED if 'format' in video else 'another one'}"
             )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
-    elif (told := getattr(video, "preprocess_kwargs", None)) is not None:
-        # SGLang's chat endpoint says the number of tiles beside the video too, see ``told``.
-        source, wishes = video.url, {k: v for k, v in told.items() if k != "max_dynamic_patch"}
+    elif (wishes := getattr(video, "preprocess_kwargs", None)) is not None:
+        source, wishes = video.url, {k: v for k, v in wishes.items() if k not in read_elsewhere}
     else:
         return video, Wishes()
     if unknown := [name for name in wishes if name not in _NAMES]:

@@ -88,12 +88,15 @@ class Observer:
 
     Attributes:
         totals: of this process so far.
+        decode_rows: of the forward at hand, the last requests of a mixed batch: their token is no
+            prefill's, and is not counted.
         kept_bytes: of the embeddings that requests hold between the chunks of their prefill.
     """
 
     def __init__(self, *, log: bool, metrics: bool) -> None:
         self.totals = Totals()
         self.kept_bytes = 0
+        self.decode_rows = 0
         self._log = log
         self._metrics = _Metrics() if metrics else None
         self._vision_timer = DeviceTimer()
@@ -106,7 +109,8 @@ class Observer:
     ) -> None:
         """A batch that is ordinary full attention throughout."""
         delta = Totals()
-        for request, prefix, extend in zip(requests, prefix_lens, extend_lens, strict=True):
+        rows = [*zip(requests, prefix_lens, extend_lens, strict=True)]
+        for request, prefix, extend in rows[: len(rows) - self.decode_rows]:
             delta.dense_tokens[request.dense_reason or GLOBAL_TOKEN] += extend
             delta.pairs_computed += full_pairs(prefix, prefix + extend)
         self._add(delta)
@@ -118,6 +122,8 @@ class Observer:
         delta = Totals(sparse_forwards=1)
         blocks: set[tuple[int, int]] = set()
         for sequence in sequences:
+            if sequence.row >= len(requests) - self.decode_rows:
+                continue
             piece = sequence.piece
             tokens, pairs = piece.num_queries, piece.num_pairs
             delta.pairs_computed += pairs

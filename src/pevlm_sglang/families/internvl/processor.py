@@ -60,6 +60,8 @@ class _Tiles(NamedTuple):
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM."""
 
+    read_elsewhere = ("max_dynamic_patch",)
+
     video_preprocessing_device = "cpu"  # decode there, as the reference does
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
