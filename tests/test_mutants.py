@@ -15,7 +15,9 @@ MUTANTS = list(mutants())
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.part}: {mutant.name}")
 def test_a_mutant_fits_the_code(mutant: Mutant) -> None:
-    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, "its old text is gone: write anew"
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, (
+        "its old text is gone: write anew"
+    )
     assert mutant.new != mutant.old
     assert mutant.tests
     for test in mutant.tests:
@@ -38,5 +40,5 @@ def test_the_page_is_of_these_lists() -> None:
 def test_a_mutant_whose_text_is_gone_says_so(tmp_path: Path) -> None:
     (tmp_path / "file.py").write_text("twice twice")
     for old in ("gone", "twice"):
-        with pytest.raises(ValueError, match="expected its old text once in file.py"):
+        with pytest.raises(ValueError, match=r"expected its old text once in file\.py"):
             Mutant("part", "name", "file.py", old, "", ()).apply(tmp_path)
