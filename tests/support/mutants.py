@@ -1,12 +1,9 @@
 """Named mutants: faults that the tests must see, ``python -m support.mutants`` (``make mutants``).
 
 An entry of ``tests/mutants/*.toml`` is a file, a text in it, what stands there instead, and the
-tests that must go red. Each runs in a copy of the repository. A ``harmless`` one says why it changes
-nothing that can be seen, and must survive.
+tests that must go red. Each runs in a copy of the repository. A ``harmless`` one says why it
+changes nothing that can be seen, and must survive.
 
-An own list, since the tools make mutants by the syntax: cosmic-ray has over 4,000 for these modules,
-six hours of starting pytest; and mutmut's trampolines do not survive what is looked at here, the
-signatures of functions and the processes that tests start.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 LISTS = ROOT / "tests" / "mutants"
 DOCUMENT = ROOT / "docs" / "mutants.md"
 TIMEOUT_S = 600  # of one mutant; one that runs for ever is seen
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "fast")
 GREEN, RED = 0, 1  # exit codes of pytest; any other means that no test has spoken
 
 
@@ -78,8 +76,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> int:
     folders = (root / "src", root / "kernels", root / "tests" / "cpu_platform")
     try:
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-            + ["--hypothesis-profile", "fast", *tests],
+            [sys.executable, "-m", "pytest", *OPTIONS, *tests],
             cwd=root,
             env={
                 **os.environ,

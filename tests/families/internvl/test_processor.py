@@ -297,3 +297,27 @@ def test_default_shrinks_to_the_context(
         assert "in place of 32 each" in caplog.text
         with pytest.raises(ValueError, match="what the context holds"):
             process(f"{VIDEO}What?", [{"url": clip(), "max_frames": 32}])
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("text", ["", "word " * 200])
+def test_default_fills_the_context(
+    model: Path, clip: Clip, text: str, images: int, tiles: int
+) -> None:
+    """As many frames as fit beside the text, the images and the answer, and no fewer."""
+    picture, few = Image.new("RGB", (1344, 448)), 9
+    prompt = f"{IMAGE * images}{text}{VIDEO}"
+    with processor(model, pixels=False) as process:
+        process.sglang.VIDEO_MAX_NUM = tiles
+        asked = {"url": clip(192, 64), "max_frames": few}
+        output = process(prompt, [asked], [picture] * images)
+        first, second = (start for start, _ in output.mm_items[-1].offsets[:2])
+        # Each frame is counted with a label of two digits, and the placeholders as text.
+        spare = few + 30
+        limit = len(output.input_ids) + process.sglang.CONTEXT_RESERVED + spare
+        process.sglang.max_context_len = limit
+        output = process(prompt, [asked["url"]], [picture] * images)
+        taken = len(output.input_ids) + process.sglang.CONTEXT_RESERVED
+    assert taken <= limit < taken + (second - first) + spare
+    assert len(output.mm_items[-1].offsets) >= few

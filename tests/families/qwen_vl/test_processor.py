@@ -14,7 +14,7 @@ import torch
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
-from support.processor import Processor, sglang_processor
+from support.processor import Processor, sglang_processor, without_pinned_memory
 from support.tiny import make_tiny_model
 from support.video import write_video
 
@@ -182,6 +182,30 @@ def test_environment_bounds_the_pixels(
     output = start("qwen2_5_vl", video=FEW)(PROMPT, [str(video)])
     settings = {**FEW, "total_pixels": 100_000}
     assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, settings)], PROMPT))
+    settings = {**FEW, "total_pixels": 70_000}  # the flag says more than the environment
+    output = start("qwen2_5_vl", video=settings)(PROMPT, [str(video)])
+    assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, settings)], PROMPT))
+
+
+def test_metadata_of_a_video(clip: Callable[..., Path]) -> None:
+    """As transformers' ``VideoMetadata`` has it: the duration in seconds, of the whole file."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+    from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+
+    geometry = PUBLISHED["qwen2_5_vl"]
+    video = VideoDecoderWrapper(str(clip(37, (202, 114), 7.5)))
+    with without_pinned_memory():
+        frames, metadata = sample_and_resize(video, geometry, geometry.settings({"nframes": 4}))
+    assert len(frames) == 4
+    assert metadata == {
+        "fps": 7.5,
+        "duration": pytest.approx(37 / 7.5),
+        "total_num_frames": 37,
+        "frames_indices": [0, 12, 24, 36],
+        "video_backend": "torchcodec",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
