@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,30 +117,52 @@ def copy_repository(to: Path) -> Path:
     return to
 
 
-def page(results: dict[Mutant, str]) -> str:
-    """The document of a whole run."""
-    harmless = [mutant for mutant in results if mutant.harmless]
-    killed = Counter(m.part for m, found in results.items() if found == "killed")
+def page(rows: dict[str, tuple[int, int]], listed: Sequence[Mutant]) -> str:
+    """The document.
+
+    Args:
+        rows: part → its mutants, and how many of them were killed.
+        listed: all mutants.
+    """
+    harmless = [mutant for mutant in listed if mutant.harmless]
+    total, killed = (sum(numbers) for numbers in zip(*rows.values(), strict=True))
     lines = [
         "# Mutants",
         "",
-        "Faults that are put into the code one at a time; the tests named beside each must see it.",
-        "`make mutants` runs them and writes this page; the lists are in `tests/mutants/`.",
+        "Faults that are put into the code one at a time; the tests that each names must see it.",
+        "`make mutants` runs them all, `make mutants ARGS=layout:` those of a part, and writes this",
+        "page where none survives that should not. The lists are in `tests/mutants/`.",
         "",
-        f"**{killed.total()} of {len(results) - len(harmless)} killed**"
-        + (f", {len(harmless)} named harmless." if harmless else "."),
+        f"**{killed} of {total} killed**, the others named harmless.",
         "",
-        "| part | mutants | killed | harmless |",
-        "|---|---|---|---|",
+        "| part | mutants | killed |",
+        "|---|---|---|",
+        *(f"| {part} | {rows[part][0]} | {rows[part][1]} |" for part in sorted(rows)),
+        "",
+        "Harmless, and why:",
+        "",
+        *(f"- {mutant.part}, {mutant.name}: {mutant.harmless}" for mutant in harmless),
     ]
-    for part in sorted({mutant.part for mutant in results}):
-        of_part = [mutant for mutant in results if mutant.part == part]
-        named = sum(bool(mutant.harmless) for mutant in of_part)
-        lines.append(f"| {part} | {len(of_part)} | {killed[part]} | {named} |")
-    if harmless:
-        lines += ["", "Harmless, and why:", ""]
-        lines += [f"- {mutant.part}, {mutant.name}: {mutant.harmless}" for mutant in harmless]
     return "\n".join(lines) + "\n"
+
+
+def rows_of(text: str) -> dict[str, tuple[int, int]]:
+    """The rows of a page."""
+    found = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    return {part: (int(total), int(killed)) for part, total, killed in found}
+
+
+def write_page(results: dict[Mutant, str]) -> None:
+    """Write the rows of the parts that were run as a whole; the others stay."""
+    listed = list(mutants())
+    rows = rows_of(DOCUMENT.read_text())
+    for part in {mutant.part for mutant in results}:
+        of_part = [mutant for mutant in listed if mutant.part == part]
+        if results.keys() >= set(of_part):
+            rows[part] = len(of_part), sum(results[mutant] == "killed" for mutant in of_part)
+    rows = {part: row for part, row in rows.items() if part in {m.part for m in listed}}
+    if rows:
+        DOCUMENT.write_text(page(rows, listed))
 
 
 def main() -> int:
@@ -159,7 +181,7 @@ def main() -> int:
             copies.put(first := copy_repository(Path(folder, str(number))))
         tests = sorted({test for mutant in chosen for test in mutant.tests})
         if run_tests(first, tests) != GREEN:
-            print("the tests are red without a mutant:", *tests)
+            print("expected green tests without a mutant, got red; run them:", *tests)
             return 1
         with ThreadPoolExecutor(options.jobs) as pool:
             found = list(pool.map(lambda mutant: result(mutant, copies), chosen))
@@ -168,8 +190,8 @@ def main() -> int:
     for mutant in wrong:
         print(f"{results[mutant]}: {mutant.part}: {mutant.name} ({' '.join(mutant.tests)})")
     print(f"{len(chosen) - len(wrong)} of {len(chosen)} as they should be")
-    if not options.words and not wrong:
-        DOCUMENT.write_text(page(results))
+    if not wrong:
+        write_page(results)
     return int(bool(wrong))
 
 
