@@ -269,3 +269,23 @@ def test_empty_batch() -> None:
 def test_lists_of_different_length_are_refused(prefix: list[int], extend: list[int]) -> None:
     with pytest.raises(ValueError, match="zip"):
         virtual_sequences([Layout(), Layout()], prefix, extend)
+
+
+def test_a_multimodal_request_without_a_layout_stops_the_server() -> None:
+    """It came past the hook that lays requests out; full attention would be a lie."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from pevlm_sglang.attention.backend import read_batch
+
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        extend_prefix_lens_cpu=[0],
+        extend_seq_lens_cpu=[5],
+        extend_prefix_lens=None,
+        extend_seq_lens=None,
+        mm_inputs=[SimpleNamespace()],
+    )
+    with pytest.raises(RuntimeError, match="reached the forward without a layout"):
+        read_batch(batch)
+    batch.mm_inputs = [None]
+    assert read_batch(batch) == ([TEXT], [0], [5])
