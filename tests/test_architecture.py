@@ -70,6 +70,7 @@ def test_no_circle() -> None:
 _SHELVES = ("spans", "sizes", "family", "frame_counts", "tile_layout", "processor")
 SHELVES = {f"pevlm_sglang.families.{name}" for name in _SHELVES}
 COMMON = {"pevlm_sglang.layout", "pevlm_sglang.errors"}
+CONFIG = {"pevlm_sglang.settings.config"}
 MEDIA = {name for name in MODULES if name.startswith("pevlm_sglang.media.")}
 FAMILIES = sorted(
     name for name, path in MODULES.items()
@@ -91,7 +92,7 @@ def own(name: str) -> set[str]:
         ("pevlm_sglang.families.frame_counts", COMMON | SHELVES),
         ("pevlm_sglang.families.family", COMMON | SHELVES),
         ("pevlm_sglang.families.tile_layout", COMMON),
-        ("pevlm_sglang.families.processor", COMMON | SHELVES | MEDIA),
+        ("pevlm_sglang.families.processor", COMMON | SHELVES | MEDIA | CONFIG),
         ("pevlm_sglang.attention.plan", {"pevlm_sglang.layout", "pevlm_kernels.types"}),
     ],
 )

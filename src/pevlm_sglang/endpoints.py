@@ -13,19 +13,24 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from pevlm_sglang.media.stages import ServerTiming
+
 OBEYED = (
     *("/generate", "/v1/chat/completions", "/v1/completions"),
     *("/invocations", "/vertex_generate"),  # SageMaker's and Vertex's forms of the first two
 )
 """Paths on which ``custom_params`` reaches the scheduler."""
 
+
 _Send = Callable[[dict[str, Any]], Awaitable[None]]
 _Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def guard_http_server() -> None:
-    """Put the check in front of the HTTP server of this process, where it has one."""
+    """Put the check in front of the HTTP server of this process, where it has one; and behind it
+    what says in each response where the time of its media went."""
     if (server := sys.modules.get("sglang.srt.entrypoints.http_server")) is not None:
+        server.app.add_middleware(ServerTiming)
         server.app.add_middleware(RefuseDroppedSettings)
 
 

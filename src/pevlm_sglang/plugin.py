@@ -22,7 +22,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import embeddings, video_url
+from pevlm_sglang.media import embeddings, limits, stages, transport, video_url
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
@@ -188,6 +188,7 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     registry.read_checkpoints()
     resolve_once(server_args)
     video_url.offer_max_pixels()
+    limits.install(config, server_args.host)
     if not resolved_before:
         _check_resolved(server_args, config)
     _Process.family = registry.family_of(server_args._pevlm_architectures)
@@ -252,8 +253,18 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
 def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    if _Process.config is not None and hasattr(obj, "sampling_params"):
+    if _Process.config is None:
+        return
+    stages.begin()
+    if hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
+
+
+@_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", "tokenized_obj")
+def _around_send_one_request(send_one_request: Any, manager: Any, tokenized_obj: Any) -> Any:
+    if _Process.config is None:
+        return send_one_request(manager, tokenized_obj)
+    return transport.send(send_one_request, manager, tokenized_obj)
 
 
 # --- The scheduler ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pevlm_sglang.attention.plan import (
     virtual_sequences,
 )
 from pevlm_sglang.layout import Layout, Piece
+from pevlm_sglang.observe.observer import TEXT
 
 GENERATED = 4
 

@@ -36,22 +36,39 @@ def test_pixels_travel_as_the_tower_takes_them(
 PIXELS = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("source", [None, b"digest of a file"])
 @pytest.mark.parametrize(
     "change",
     [
-        {"pixels": PIXELS + 1e-6},
-        {"pixels": PIXELS.flip(0)},
+        {"pixels": PIXELS.bfloat16()},
+        {"pixels": PIXELS[:1]},
         {"modality": Modality.IMAGE},
         {"data": {"frames": 1}},
         {"data": {}},
+        {"source": b"digest of another"},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=str,
 )
-def test_another_medium_is_another_to_the_caches(change: dict[str, Any]) -> None:
+def test_another_medium_is_another_to_the_caches(
+    source: bytes | None, change: dict[str, Any]
+) -> None:
     def identity(**changes: Any) -> int:
-        medium = {"modality": Modality.VIDEO, "pixels": PIXELS, "data": {"frames": 2}, **changes}
+        medium = {
+            "modality": Modality.VIDEO,
+            "pixels": PIXELS,
+            "data": {"frames": 2},
+            "source": source,
+            **changes,
+        }
         return Medium(tokens=7, **medium).identity
 
     assert identity() == identity(pixels=PIXELS.clone())
-    assert identity() == identity(pixels=PIXELS.transpose(0, 1).contiguous().transpose(0, 1))
     assert identity(**change) != identity()
+
+
+def test_without_a_file_a_medium_is_known_by_its_pixels() -> None:
+    def identity(pixels: torch.Tensor) -> int:
+        return Medium(Modality.VIDEO, pixels, 7).identity
+
+    assert identity(PIXELS.transpose(0, 1).contiguous().transpose(0, 1)) == identity(PIXELS)
+    assert identity(PIXELS.flip(0)) != identity(PIXELS)

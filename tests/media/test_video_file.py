@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pevlm_sglang.media import video_file
-from pevlm_sglang.media.video_file import decoding, frames_of, length_and_rate
+from pevlm_sglang.media.video_file import decoded, decoding, length_and_rate
 from support.video import write_video
 
 
@@ -30,31 +28,14 @@ def test_length_and_rate() -> None:
     assert length_and_rate(Video(70, 25)) == (70, 25.0)
 
 
-def test_frames_come_in_parts_and_in_order() -> None:
-    video = Video(100, 25.0)
-    indices = [*range(0, 100, 2)]
-    assert [int(frame[0, 0, 0]) for frame in frames_of(video, indices)] == indices
-    assert video.largest == 32
-
-
-@pytest.mark.parametrize(("size", "most"), [((2160, 3840), 10), ((8192, 8192), 1)])
-def test_frames_fit_into_memory(
-    size: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(video_file, "_BYTES_AT_ONCE", 250_000_000)
-    video = Video(100, 25.0, frame_shape=size)
-    assert len(list(frames_of(video, range(25)))) == 25
-    assert video.largest == most
-
-
 def test_frame_that_is_too_large_is_refused() -> None:
-    with pytest.raises(ValueError, match="at most 67108864 pixels, got 8192 x 8193"):
-        list(frames_of(Video(3, 25.0, frame_shape=(8193, 8192)), [0]))
+    with pytest.raises(ValueError, match=r"at most 67108864 pixels .*, got 8192 x 8193"):
+        length_and_rate(Video(3, 25.0, frame_shape=(8193, 8192)))
 
 
 def test_stream_that_breaks_off_is_refused() -> None:
     with pytest.raises(ValueError, match="video: could not be decoded: no more packets"):
-        list(frames_of(Video(100, 25.0, broken_at=40), range(100)))
+        decoded(Video(100, 25.0, broken_at=40), [*range(100)])
 
 
 def raise_in(module: str, error: Exception) -> None:
@@ -89,7 +70,7 @@ def test_a_real_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     decoder = video_decoder.VideoDecoderWrapper(str(path))
     with pytest.raises(ValueError, match="video: could not be decoded"):
-        list(frames_of(decoder, range(len(decoder))))
+        decoded(decoder, [*range(len(decoder))])
 
 
 class Video:
@@ -104,13 +85,11 @@ class Video:
     ) -> None:
         self.frames, self.avg_fps, self.broken_at = frames, rate, broken_at
         self.frame_shape = frame_shape
-        self.largest = 0
 
     def __len__(self) -> int:
         return self.frames
 
-    def get_frames_at(self, indices: list[int]) -> Iterator[np.ndarray]:
-        self.largest = max(self.largest, len(indices))
+    def get_frames_at(self, indices: list[int]) -> np.ndarray:
         if self.broken_at is not None and max(indices) >= self.broken_at:
             raise_in("torchcodec._core.ops", RuntimeError("no more packets"))
-        return iter([np.full((2, 2, 3), i, np.uint8) for i in indices])
+        return np.stack([np.full((2, 2, 3), i, np.uint8) for i in indices])

@@ -25,7 +25,11 @@ from pevlm_sglang.settings.config import (
 from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requested
 
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
-ALL = (*PER_REQUEST, "base_backend", "prefill_kernel")
+ALL = (
+    *PER_REQUEST,
+    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb"),
+    *("media_paths", "max_source_mb", "max_video_seconds", "max_frame_megapixels"),
+)
 LONGEST_MESSAGE = 400
 
 
@@ -49,6 +53,12 @@ def test_defaults() -> None:
         "image_runs": False,
         "base_backend": "auto",
         "prefill_kernel": "auto",
+        "video_resize": "uint8",
+        "media_memory_mb": 512,
+        "media_paths": "",
+        "max_source_mb": 4096,
+        "max_video_seconds": 14_400,
+        "max_frame_megapixels": 64,
     }
     assert PevlmConfig.option_names() == ALL
     assert PevlmConfig.option_names(per_request=True) == PER_REQUEST
@@ -79,6 +89,8 @@ def test_config_is_frozen() -> None:
         ({"base_backend": "FA3"}, "base_backend: expected one of auto, fa3, .*, got 'FA3'"),
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
         ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
+        ({"video_resize": "uint9"}, "video_resize: expected one of uint8, float32, got 'uint9'"),
+        ({"media_memory_mb": 63}, "media_memory_mb: expected >= 64, got 63"),
     ],
 )
 def test_bad_values(values: dict, message: str) -> None:
@@ -326,6 +338,12 @@ FLAGS = {
     "image_runs": (("--pevlm-image-runs",), True),
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
+    "video_resize": (("--pevlm-video-resize", "float32"), "float32"),
+    "media_memory_mb": (("--pevlm-media-memory-mb", "64"), 64),
+    "media_paths": (("--pevlm-media-paths", "/a:/b"), "/a:/b"),
+    "max_source_mb": (("--pevlm-max-source-mb", "7"), 7),
+    "max_video_seconds": (("--pevlm-max-video-seconds", "60"), 60),
+    "max_frame_megapixels": (("--pevlm-max-frame-megapixels", "9"), 9),
     "config": (("--pevlm-config", "a.yaml"), "a.yaml"),
 }
 

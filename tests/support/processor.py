@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+
+from pevlm_sglang.settings.config import PevlmConfig
 
 
 def without_pinned_memory() -> Any:
@@ -27,15 +30,44 @@ class Processor:
 
     def __call__(self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()) -> Any:
         """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``."""
+        with without_pinned_memory():
+            return asyncio.run(self.process(text, videos, images))
+
+    async def process(
+        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()
+    ) -> Any:
+        """The same, on a loop that runs."""
         request = SimpleNamespace(
             image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
         )
-        with without_pinned_memory():
-            return asyncio.run(
-                self.sglang.process_mm_data_async(
-                    image_data=request.image_data, input_text=text, request_obj=request
-                )
-            )
+        return await self.sglang.process_mm_data_async(
+            image_data=request.image_data, input_text=text, request_obj=request
+        )
+
+
+def in_the_scheduler(output: Any) -> Any:
+    """A processor's output as SGLang's ``MultimodalInputs``.
+
+    Raises:
+        AssertionError: the scheduler would hash pixels, while nothing decodes.
+    """
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.managers.schedule_batch import MultimodalInputs
+
+    with mock.patch.object(mm_utils, "hash_feature", side_effect=AssertionError("hashed")):
+        return MultimodalInputs.from_processor_output(output)
+
+
+async def longest_pause(work: Awaitable[Any]) -> float:
+    """Seconds for which an event loop does nothing else than this work, at most."""
+    longest, last = 0.0, time.perf_counter()
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.sleep(0.002)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    await task
+    return longest
 
 
 @contextmanager
@@ -45,6 +77,7 @@ def sglang_processor(
     hf_processor: Any,
     *,
     video: Mapping[str, Any] | None = None,
+    pevlm: Mapping[str, Any] | None = None,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -53,6 +86,7 @@ def sglang_processor(
         hf_config: of the model.
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
+        pevlm: options of this plugin.
     """
     from sglang.srt.runtime_context import get_context
 
@@ -60,6 +94,7 @@ def sglang_processor(
     with context.override_server_args(
         mm_process_config={"video": dict(video or {})},
     ) as server_args:
+        server_args._pevlm_config = PevlmConfig(**(pevlm or {}))
         with without_pinned_memory():
             processor: Any = processor_class(
                 hf_config, server_args, hf_processor, "default", skip_mm_pool=True
@@ -67,4 +102,4 @@ def sglang_processor(
         try:
             yield Processor(processor)
         finally:
-            processor.io_executor.shutdown()
+            processor.shutdown()

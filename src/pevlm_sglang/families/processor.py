@@ -4,13 +4,15 @@ whole processor for families whose prompt is tokens between placeholders."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import (
@@ -19,11 +21,15 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
-from sglang.srt.runtime_context import get_model
+from sglang.srt.runtime_context import get_mm, get_model
 
+from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
+from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
-from pevlm_sglang.media.video_file import frames_of, length_and_rate
+from pevlm_sglang.media.stages import stage
+from pevlm_sglang.media.video_file import length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
+from pevlm_sglang.settings.config import PevlmConfig
 
 
 class VideoProcessor(SafeSources, BaseMultimodalProcessor):
@@ -32,6 +38,8 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
     Attributes:
         geometry: of the model.
         settings: of the server.
+        config: of the server.
+        reader: decodes the videos of all requests.
 
     Raises:
         ValueError: a bad ``--mm-process-config``.
@@ -39,11 +47,19 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
 
-    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hf_config, *args, **kwargs)
+    def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
+        self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
+        self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
+        self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
+
+    def shutdown(self) -> None:
+        self.reader.shutdown()
+        self._processing.shutdown(wait=False, cancel_futures=True)
+        super().shutdown()
 
     @staticmethod
     @abstractmethod
@@ -75,23 +91,79 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             wish.check(self.geometry.limits(self.settings))
         return sources, wishes
 
-    def sampled(
+    async def read(
+        self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
+    ) -> bytes | None:
+        """Read a video in slices, see :meth:`~pevlm_sglang.media.slices.Reader.read`.
+
+        Returns:
+            The digest of its file; None where there is none.
+
+        Raises:
+            ValueError: a file that cannot be decoded, or that changed in the meantime.
+        """
+        digest: bytes | None
+        digest, _ = await all_of(
+            (
+                self.reader.run(source_digest, video),
+                self.reader.read(video, indices, work, multiple=multiple),
+            )
+        )
+        check_unchanged(video)
+        return digest
+
+    async def sampled(
         self, video: Any, settings: Any, pixels: Callable[[Image.Image], torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """What ``pixels`` makes of each sampled frame of a video; of one that repeats, once.
+    ) -> tuple[torch.Tensor, Any]:
+        """What ``pixels`` makes of each sampled frame of a video, stacked; of one that repeats,
+        once.
 
         Args:
             video: SGLang's ``VideoDecoderWrapper``.
             settings: for this video.
 
+        Returns:
+            ``[frames, …]``, and a digest of what they are made of; None where there is no file.
+
         Raises:
-            ValueError: a file that cannot be decoded.
+            ValueError: see :meth:`read`.
         """
         indices = self.geometry.indices(*length_and_rate(video), settings)
         distinct = sorted(set(indices))
-        frames = map(Image.fromarray, frames_of(video, distinct))
-        made = dict(zip(distinct, map(pixels, frames), strict=True))
-        return [made[index] for index in indices]
+        stack = _Stack(len(distinct), pixels)
+        digest = await self.read(video, distinct, stack)
+        source = None if digest is None else (digest, indices)
+        if len(distinct) == len(indices):
+            return stack.rows, source
+        place = {index: at for at, index in enumerate(distinct)}
+        return stack.rows[[place[index] for index in indices]], source
+
+    async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's, but never on the event loop, which is where that runs on a GPU."""
+        with stage("process"):
+            if self.mm_processor_executor is not None:
+                return await super().process_and_combine_mm_data_async(*args, **kwargs)
+            work = partial(self.process_and_combine_mm_data, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._processing, work)
+
+
+class _Stack:
+    """What is made of each frame, in one tensor that is as large as the first of them says."""
+
+    def __init__(self, count: int, pixels: Callable[[Image.Image], torch.Tensor]) -> None:
+        self._count, self._pixels = count, pixels
+        self._lock = Lock()
+        self.rows = torch.empty(0)
+
+    def __call__(self, start: int, frames: torch.Tensor) -> None:
+        """See :data:`~pevlm_sglang.media.slices.Work`."""
+        for at, frame in enumerate(np.asarray(frames.cpu()), start):
+            with stage("process"):
+                made = self._pixels(Image.fromarray(frame))
+            with self._lock:
+                if not len(self.rows):
+                    self.rows = torch.empty(self._count, *made.shape, dtype=made.dtype)
+            self.rows[at] = made
 
 
 @dataclass(frozen=True)
@@ -103,8 +175,10 @@ class Medium:
         runs: of placeholders, each of ``tokens``.
         before, after: tokens of the text around each run.
         data: what the spans and the model have to know beside the pixels.
+        source: what the pixels were made of, a digest of the video's file say; None = a digest of
+            themselves.
         identity: by which SGLang's caches know it. The same pixels may have other features as a
-            frame and as a picture, so it is more than a hash of the pixels.
+            frame and as a picture, so it is more than the source.
     """
 
     modality: Modality
@@ -114,12 +188,13 @@ class Medium:
     before: Sequence[int] = ()
     after: Sequence[int] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    source: Any = None
     identity: int = field(init=False)
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha256(self.pixels.contiguous().view(torch.uint8).numpy().data)
-        digest.update(repr((self.modality.name, self.data)).encode())
-        object.__setattr__(self, "identity", int.from_bytes(digest.digest()[:8], "big"))
+        source = self.source or pixels_digest(self.pixels)
+        made = (self.modality.name, self.pixels.dtype, tuple(self.pixels.shape), dict(self.data))
+        object.__setattr__(self, "identity", identity(source, made))
 
 
 class PlaceholderProcessor(VideoProcessor):
@@ -145,7 +220,7 @@ class PlaceholderProcessor(VideoProcessor):
         """
 
     @abstractmethod
-    def video(self, video: Any, settings: Any) -> Medium:
+    async def video(self, video: Any, settings: Any) -> Medium:
         """A video; see :meth:`sampled`."""
 
     def tokenize(
@@ -190,18 +265,17 @@ class PlaceholderProcessor(VideoProcessor):
                     f"prompt: expected {len(given)} of {self.placeholders[kind]}, one for each "
                     f"{kind.name.lower()}, got {order.count(kind)}"
                 )
-        loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
+        with stage("fetch"):
+            loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
-        work: list[Callable[[], Medium]] = [
-            partial(self.image, image, kind, alone=alone)
+        work: list[Coroutine[Any, Any, Medium]] = [
+            self.reader.run(partial(self.image, image, kind, alone=alone))
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
         for video, wish in zip(loaded.videos, wishes, strict=True):
-            work.append(partial(self.video, video, self.settings.wished(wish)))
-        loop = asyncio.get_running_loop()
-        prepared = [loop.run_in_executor(self.io_executor, medium) for medium in work]
-        media = await asyncio.gather(*prepared)
+            work.append(self.video(video, self.settings.wished(wish)))
+        media = await all_of(work)
         rest = {
             Modality.IMAGE: iter(media[: len(images)]),
             Modality.VIDEO: iter(media[len(images) :]),

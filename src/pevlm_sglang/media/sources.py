@@ -18,6 +18,10 @@ import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+from pevlm_sglang.media import limits
+from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
 
@@ -73,11 +77,16 @@ class SafeSources:
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
+        limits.limits.check_source(data)
         with reading():
             if modality == Modality.IMAGE:
                 check_path(data)
             if modality == Modality.VIDEO:
                 check_frames(data)
-            return super()._load_single_item(  # type: ignore[misc]
+            stamp = file_stamp(data)
+            loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs
             )
+        if isinstance(loaded, VideoDecoderWrapper):
+            remember_stamp(loaded, stamp)
+        return loaded

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = 32  # frames of full size in memory
-_BYTES_AT_ONCE = 4 << 30  # of decoded frames: 690 of 1080p. Each part opens the file again
-_MOST_PIXELS = 1 << 26  # of a frame, twice an 8K one: a file of some kB can be as large as it says
+from pevlm_sglang.media import limits
+
 _DECODERS = ("torchcodec", "decord")  # the two that SGLang takes
 _SERVERS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -21,13 +20,16 @@ def length_and_rate(video: Any) -> tuple[int, float]:
     """Frames, and frames a second, of SGLang's ``VideoDecoderWrapper``.
 
     Raises:
-        ValueError: a file without frames, or one that does not say its rate.
+        ValueError: a file without frames, one that does not say its rate, or one beyond the
+            server's limits.
     """
     frames, rate = len(video), video.avg_fps
     if not frames:
         raise ValueError("video: expected at least one frame, got none")
     if not rate or not 0 < rate < math.inf:
         raise ValueError(f"video: expected a frame rate, got {rate}")
+    height, width = video.frame_shape
+    limits.limits.check_video(frames, float(rate), (width, height))
     return frames, float(rate)
 
 
@@ -48,31 +50,9 @@ def decoding() -> Iterator[None]:
 
 
 def frame_bytes(video: Any) -> int:
-    """Bytes of a decoded frame of full size.
-
-    Raises:
-        ValueError: more pixels than a frame may have.
-    """
+    """Bytes of a decoded frame of full size."""
     height, width = video.frame_shape
-    if height * width > _MOST_PIXELS:
-        raise ValueError(
-            f"video: expected frames of at most {_MOST_PIXELS} pixels, got {width} x {height}"
-        )
     return 3 * int(height) * int(width)
-
-
-def parts(video: Any, indices: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
-    """The indices in parts, whose frames of full size fit into memory together.
-
-    Args:
-        most: frames of a part; None = no bound but their size.
-
-    Raises:
-        ValueError: see :func:`frame_bytes`.
-    """
-    step = max(1, min(most or len(indices), _BYTES_AT_ONCE // frame_bytes(video)))
-    for start in range(0, len(indices), step):
-        yield list(indices[start : start + step])
 
 
 def _is_raised_by(packages: Sequence[str], error: BaseException) -> bool:
@@ -81,13 +61,12 @@ def _is_raised_by(packages: Sequence[str], error: BaseException) -> bool:
     return any(name.split(".")[0] in packages for name in names)
 
 
-def frames_of(video: Any, indices: Sequence[int]) -> Iterator[Any]:
-    """Frames ``[height, width, 3]`` uint8 of a video, as arrays, never many of them at once.
+def decoded(video: Any, indices: list[int]) -> torch.Tensor:
+    """Frames ``[n, height, width, 3]`` uint8 of SGLang's ``VideoDecoderWrapper``, on the device on
+    which it decodes.
 
     Raises:
-        ValueError: see :func:`decoding` and :func:`frame_bytes`.
+        ValueError: see :func:`decoding`.
     """
-    for part in parts(video, indices, _AT_ONCE):
-        with decoding():
-            frames = video.get_frames_at(part)
-        yield from frames
+    with decoding():
+        return torch.as_tensor(video.get_frames_at(indices))

@@ -15,6 +15,8 @@ BASE_BACKENDS = ("auto", "fa3", "fa4", "flashinfer", "trtllm_mha", "triton", "to
 PREFILL_KERNELS = ("auto", "base", "flash", "triton", "sdpa")
 """``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
+VIDEO_RESIZES = ("uint8", "float32")
+
 MAX_FRAMES = 1_000_000
 """More sampled frames than any context holds; a bound, so that a number can always be handled."""
 
@@ -57,6 +59,41 @@ class PevlmConfig:
         "expected to be fastest on the base backend and GPU",
         per_request=False,
         choices=PREFILL_KERNELS,
+    )
+    video_resize: str = _option(
+        "uint8",
+        "how Qwen's frames are resized: uint8 = as by transformers' video processors; float32 = as "
+        "by qwen-vl-utils, slower",
+        per_request=False,
+        choices=VIDEO_RESIZES,
+    )
+    media_memory_mb: int = _option(
+        512,
+        "decoded frames in the launcher's memory at a time, of all requests together, in MiB",
+        least=64,
+        per_request=False,
+    )
+
+    media_paths: str = _option(
+        "",
+        "directories, with colons between them, below which requests may name files; empty = all "
+        "where the server listens on its own machine alone, none elsewhere; / = all",
+        per_request=False,
+    )
+    max_source_mb: int = _option(
+        4096,
+        "of a file, or of media inside a request, in MiB",
+        least=1,
+        per_request=False,
+    )
+    max_video_seconds: int = _option(
+        14_400, "of a video, whose sampled frames are decoded", least=1, per_request=False
+    )
+    max_frame_megapixels: int = _option(
+        64,
+        "of a video's frame before its resize, x 1,048,576",
+        least=1,
+        per_request=False,
     )
 
     def __post_init__(self) -> None:

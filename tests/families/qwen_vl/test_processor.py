@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+from pevlm_sglang.settings.config import VIDEO_RESIZES
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
-from support.processor import Processor, sglang_processor, without_pinned_memory
+from support.processor import Processor, in_the_scheduler, longest_pause, sglang_processor
 from support.tiny import make_tiny_model
 from support.video import write_video
 
@@ -101,10 +107,15 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def reference(
-    model: Model, name: str, videos: Sequence[tuple[Path, Mapping[str, Any]]], prompt: str
+    model: Model,
+    name: str,
+    videos: Sequence[tuple[Path, Mapping[str, Any]]],
+    prompt: str,
+    resize: str = "uint8",
 ) -> Any:
     clips = [
-        reference_video(path, settings, image_patch_size=PATCH[name]) for path, settings in videos
+        reference_video(path, settings, image_patch_size=PATCH[name], resize=resize)
+        for path, settings in videos
     ]
     return reference_inputs(model.processor, prompt, clips)
 
@@ -146,14 +157,20 @@ CLIPS = [
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("resize", VIDEO_RESIZES)
 @pytest.mark.parametrize("case", CLIPS, ids=str)
 def test_video_is_the_references(
-    models: dict[str, Model], start: Start, clip: Callable[..., Path], name: str, case: Any
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    name: str,
+    resize: str,
+    case: Any,
 ) -> None:
     frames, size, fps, settings = case
     video, settings = clip(frames, size, fps), {**FEW, **settings}
-    output = start(name, video=settings)(PROMPT, [str(video)])
-    expected = reference(models[name], name, [(video, settings)], PROMPT)
+    output = start(name, video=settings, pevlm={"video_resize": resize})(PROMPT, [str(video)])
+    expected = reference(models[name], name, [(video, settings)], PROMPT, resize)
     assert_same(output, expected)
     if name == "qwen3_vl":
         return  # its steps are videos of their own to M-RoPE
@@ -191,15 +208,11 @@ def test_metadata_of_a_video(clip: Callable[..., Path]) -> None:
     """As transformers' ``VideoMetadata`` has it: the duration in seconds, of the whole file."""
     from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-    from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
-    from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+    from pevlm_sglang.families.qwen_vl.video import sample
 
     geometry = PUBLISHED["qwen2_5_vl"]
     video = VideoDecoderWrapper(str(clip(37, (202, 114), 7.5)))
-    with without_pinned_memory():
-        frames, metadata = sample_and_resize(video, geometry, geometry.settings({"nframes": 4}))
-    assert len(frames) == 4
-    assert metadata == {
+    assert sample(video, geometry, geometry.settings({"nframes": 4})).metadata == {
         "fps": 7.5,
         "duration": pytest.approx(37 / 7.5),
         "total_num_frames": 37,
@@ -219,6 +232,68 @@ def test_upstream_differs(
         expected = reference(models[name], name, [(video, FEW)], PROMPT)["pixel_values_videos"]
         got = pixels(processor(PROMPT, [str(video)]))
         assert got.shape != expected.shape or (got - expected).abs().max() > 0.1
+
+
+# --- Loops -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scheduler_hashes_nothing(start: Start, clip: Callable[..., Path], name: str) -> None:
+    """Nor does anything else that has read the same file under the same settings."""
+    videos = [str(clip(12, (112, 84), seed=seed)) for seed in (0, 1)]
+    prompt = PROMPT.replace(VIDEO, f"{VIDEO} and {VIDEO}")
+    processor = start(name, video=FEW)
+
+    def hashes(*paths: str) -> list[int]:
+        inputs = in_the_scheduler(processor(prompt, paths))
+        return [item.hash for item in inputs.mm_items]
+
+    there = hashes(*videos)
+    assert there == hashes(*videos)
+    assert not {*there} & {*hashes(videos[1], videos[1])} - {*there[1:]}
+    copy = Path(videos[0]).with_name("copy.mp4")
+    copy.write_bytes(Path(videos[0]).read_bytes())
+    assert there == hashes(str(copy), videos[1])
+
+
+def test_images_are_hashed_in_the_launcher(start: Start) -> None:
+    picture = Image.fromarray(np.full((56, 56, 3), 40, np.uint8))
+    prompt = PROMPT.replace("video", "image")
+    assert in_the_scheduler(start("qwen2_5_vl")(prompt, images=[picture])).mm_items[0].hash
+
+
+def test_transformers_processor_runs_in_a_thread(
+    start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one processor SGLang calls it on the event loop; on a GPU it has one."""
+    processor = start("qwen2_5_vl", video=FEW)
+    assert processor.sglang.mm_processor_executor is None
+    where, call = [], processor.sglang._call_processor
+
+    def watched(*args: Any) -> Any:
+        where.append(threading.current_thread())
+        return call(*args)
+
+    monkeypatch.setattr(processor.sglang, "_call_processor", watched)
+    processor(PROMPT, [str(clip(12, (112, 84)))])
+    assert len(where) == 1
+    assert where[0] is not threading.main_thread()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_event_loop_goes_on(start: Start, clip: Callable[..., Path], name: str) -> None:
+    """While eight videos come in at once."""
+    video = str(clip(120, (644, 336), 30.0))
+    processor = start(name, video={"nframes": 120})
+
+    async def eight() -> float:
+        videos = [processor.process(PROMPT, [video]) for _ in range(8)]
+        return await longest_pause(asyncio.gather(*videos))
+
+    began = time.perf_counter()
+    pause = asyncio.run(eight())
+    assert pause < max(0.15, (time.perf_counter() - began) / 20)  # what one video takes: an eighth
 
 
 # --- Settings of a request ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -185,16 +186,28 @@ def reference_inputs(
 
 
 def reference_video(
-    video: Path, settings: Mapping[str, Any], *, image_patch_size: int = 14
+    video: Path,
+    settings: Mapping[str, Any],
+    *,
+    image_patch_size: int = 14,
+    resize: str = "uint8",
 ) -> Clip:
-    """A video as qwen-vl-utils gives it, its own reader and resize included."""
-    from qwen_vl_utils import fetch_video
+    """A video as qwen-vl-utils gives it, its own reader included.
 
-    frames, metadata = fetch_video(
-        {"video": str(video), **settings},
-        image_patch_size=image_patch_size,
-        return_video_metadata=True,
-    )
+    Args:
+        resize: ``float32`` is its own too, ``uint8`` that of transformers' video processors.
+    """
+    import qwen_vl_utils.vision_process as reference
+    from torchvision.transforms import functional
+    from torchvision.transforms.v2 import functional as of_transformers
+
+    chosen = of_transformers.resize if resize == "uint8" else functional.resize
+    with mock.patch.object(reference.transforms.functional, "resize", chosen):
+        frames, metadata = reference.fetch_video(
+            {"video": str(video), **settings},
+            image_patch_size=image_patch_size,
+            return_video_metadata=True,
+        )
     return frames, metadata
 
 

@@ -6,13 +6,12 @@ see ``tiles.py`` for how else it differs from the reference.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,9 +28,32 @@ from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
+from pevlm_sglang.media.identity import identity, pixels_digest
+from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
 logger = logging.getLogger(__name__)
+
+
+class _Tiles(NamedTuple):
+    """An image or a video.
+
+    Attributes:
+        pixels: ``[runs of placeholders, tiles of each, 3, size, size]``.
+        source: what they are made of.
+    """
+
+    pixels: torch.Tensor
+    source: Any
+
+    @property
+    def runs(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def per_run(self) -> int:
+        return self.pixels.shape[1]
 
 
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
@@ -56,31 +78,30 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             ValueError: HTTP 400.
         """
         videos, wishes = self.wishes(getattr(request_obj, "video_data", None))
-        media = await self.load_mm_data(
-            prompt=self._with_placeholders(input_text or "", image_data or (), videos),
-            image_data=image_data,
-            video_data=videos,
-            multimodal_tokens=self.mm_tokens,
-            discard_alpha_channel=True,
-        )
+        with stage("fetch"):
+            media = await self.load_mm_data(
+                prompt=self._with_placeholders(input_text or "", image_data or (), videos),
+                image_data=image_data,
+                video_data=videos,
+                multimodal_tokens=self.mm_tokens,
+                discard_alpha_channel=True,
+            )
         most_of = {kind: self._most(request_obj, kind) for kind in ("image", "video")}
         pictures = [image.convert("RGB") for image in media.images]
-        images = [
-            await asyncio.to_thread(self._tiles, picture, most_of["image"]) for picture in pictures
-        ]
-        counts = self._counts(media, wishes, sum(map(len, images)), most_of["video"])
-        sampled = [
-            await asyncio.to_thread(self._sample, video, count, most_of["video"])
+        images = await all_of(
+            self.reader.run(self._image, picture, most_of["image"]) for picture in pictures
+        )
+        counts = self._counts(
+            media, wishes, sum(image.per_run for image in images), most_of["video"]
+        )
+        sampled = await all_of(
+            self._sample(video, count, most_of["video"])
             for video, count in zip(media.videos, counts, strict=True)
-        ]
-        text = self._expanded(media.input_text, images, sampled)
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"].flatten()
+        )
+        ids, items = await self.reader.run(self._prompt, media.input_text, images, sampled)
         return MultimodalProcessorOutput(
-            input_ids=ids.tolist(),
-            mm_items=[
-                *self._items(Modality.IMAGE, ids, [[tiles] for tiles in images]),
-                *self._items(Modality.VIDEO, ids, sampled),
-            ],
+            input_ids=ids,
+            mm_items=items,
             im_start_id=self.img_start_token_id,
             im_end_id=self.img_end_token_id,
             im_token_id=self.img_context_token_id,
@@ -98,10 +119,15 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     def _tiles(self, picture: Image.Image, most: int) -> torch.Tensor:
         return tiles_of(picture, self._size, most).to(self._dtype)
 
-    def _sample(self, video: Any, count: int, most: int) -> list[torch.Tensor]:
-        """The tiles of each of ``count`` frames; in a thread, because decoding takes its time."""
+    def _image(self, picture: Image.Image, most: int) -> _Tiles:
+        tiles = self._tiles(picture, most)
+        return _Tiles(tiles[None], pixels_digest(tiles))
+
+    async def _sample(self, video: Any, count: int, most: int) -> _Tiles:
+        """The tiles of each of ``count`` frames."""
         settings = dataclasses.replace(self.settings, num_frames=count)
-        return self.sampled(video, settings, lambda frame: self._tiles(frame, most))
+        tiles, source = await self.sampled(video, settings, lambda frame: self._tiles(frame, most))
+        return _Tiles(tiles, source or pixels_digest(tiles))
 
     def _counts(
         self, media: Any, wishes: Sequence[Wishes], image_tiles: int, most_tiles: int
@@ -149,18 +175,26 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
                 prompt = self._ensure_placeholders_before_assistant(prompt, placeholder, len(media))
         return prompt
 
-    def _expanded(
-        self,
-        text: str,
-        images: Sequence[torch.Tensor],
-        videos: Sequence[Sequence[torch.Tensor]],
-    ) -> str:
+    def _prompt(
+        self, text: str, images: Sequence[_Tiles], videos: Sequence[_Tiles]
+    ) -> tuple[list[int], list[MultimodalDataItem]]:
+        """The expanded text's tokens, and an item an image or video."""
+        with stage("process"):
+            expanded = self._expanded(text, images, videos)
+            ids = self.tokenizer(expanded, return_tensors="pt")["input_ids"].flatten()
+        items = [
+            *self._items(Modality.IMAGE, ids, images),
+            *self._items(Modality.VIDEO, ids, videos),
+        ]
+        return ids.tolist(), items
+
+    def _expanded(self, text: str, images: Sequence[_Tiles], videos: Sequence[_Tiles]) -> str:
         """The text with each placeholder written out, as it is tokenized."""
-        pictures = (self._wrapped(self.IMG_CONTEXT, tiles) for tiles in images)
+        pictures = (self._wrapped(self.IMG_CONTEXT, image) for image in images)
         clips = (
             "".join(
-                f"{label(number)}{self._wrapped(self.VIDEO_CONTEXT_TOKEN, tiles)}\n"
-                for number, tiles in enumerate(video, 1)
+                f"{label(number)}{self._wrapped(self.VIDEO_CONTEXT_TOKEN, video)}\n"
+                for number in range(1, video.runs + 1)
             )
             for video in videos
         )
@@ -172,37 +206,38 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         placeholders = "|".join(map(re.escape, written))
         return re.sub(placeholders, lambda found: next(written[found[0]], found[0]), text)
 
-    def _wrapped(self, token: str, tiles: torch.Tensor) -> str:
-        return self.IMG_START + token * (self.num_image_token * len(tiles)) + self.IMG_END
+    def _wrapped(self, token: str, tiles: _Tiles) -> str:
+        return self.IMG_START + token * (self.num_image_token * tiles.per_run) + self.IMG_END
 
     # --- Items ------------------------------------------------------------------------------
 
     def _items(
-        self, kind: Modality, ids: torch.Tensor, media: Sequence[Sequence[torch.Tensor]]
+        self, kind: Modality, ids: torch.Tensor, media: Sequence[_Tiles]
     ) -> Iterator[MultimodalDataItem]:
-        """An item an image or video, so that each is known to the prefix cache by itself.
-
-        Args:
-            media: tiles of each run of placeholders.
-        """
+        """An item an image or video, so that each is known to the prefix cache by itself."""
         token, token_id = {
             Modality.IMAGE: (self.IMG_CONTEXT, self.img_context_token_id),
             Modality.VIDEO: (self.VIDEO_CONTEXT_TOKEN, self.video_token_id),
         }[kind]
         offsets = self.get_mm_items_offset(ids, token_id)
-        if len(offsets) != (expected := sum(map(len, media))):
+        if len(offsets) != (expected := sum(medium.runs for medium in media)):
             raise ValueError(
                 f"prompt: expected {token} only where an image or a video stands ({expected}), "
                 f"got {len(offsets)}; leave it out of the text"
             )
         rest = iter(offsets)
-        for runs in media:
-            own = list(islice(rest, len(runs)))
-            item = MultimodalDataItem(feature=torch.cat(list(runs)), modality=kind, offsets=own)
+        for medium in media:
+            own = list(islice(rest, medium.runs))
+            item = MultimodalDataItem(
+                feature=medium.pixels.flatten(0, 1),
+                modality=kind,
+                offsets=own,
+                hash=identity(kind.name, medium.pixels.dtype, medium.pixels.shape, medium.source),
+            )
             if kind is Modality.VIDEO:
                 before, first = ids[: own[0][0] - 1].tolist(), label(1)
                 tokens = label_tokens(self.tokenizer, before, re.escape(first), repr(first))
-                leave_labels(item, [(len(runs), tokens)])
+                leave_labels(item, [(medium.runs, tokens)])
             yield item
 
 

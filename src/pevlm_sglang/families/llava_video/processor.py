@@ -58,11 +58,10 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
             kinds = [Modality.VIDEO] * len(kinds)
         return pieces, kinds
 
-    def video(self, video: Any, settings: Any) -> Medium:
-        pixels = torch.stack(self.sampled(video, settings, self._pixels))
-        frames = len(pixels)
-        data = {FRAMES: frames}
-        return Medium(Modality.VIDEO, pixels, self._layout.tokens(frames), data=data)
+    async def video(self, video: Any, settings: Any) -> Medium:
+        pixels, source = await self.sampled(video, settings, self._pixels)
+        tokens, data = self._layout.tokens(len(pixels)), {FRAMES: len(pixels)}
+        return Medium(Modality.VIDEO, pixels, tokens, data=data, source=source)
 
     def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:
         if kind == "video":  # a frame: the reference resizes it, and does not pad it

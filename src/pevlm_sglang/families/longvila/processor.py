@@ -38,9 +38,9 @@ class LongVilaProcessor(PlaceholderProcessor):
         geometry: LongVilaGeometry = hf_config.geometry
         return geometry
 
-    def video(self, video: Any, settings: Any) -> Medium:
-        frames = self.sampled(video, settings, lambda frame: self._pixels([frame]))
-        return self._medium(Modality.VIDEO, torch.cat(frames))
+    async def video(self, video: Any, settings: Any) -> Medium:
+        pixels, source = await self.sampled(video, settings, lambda frame: self._pixels([frame])[0])
+        return self._medium(Modality.VIDEO, pixels, source=source)
 
     def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:
         """See the base. The only picture of a prompt is cut in tiles, where the checkpoint was
@@ -50,7 +50,9 @@ class LongVilaProcessor(PlaceholderProcessor):
         # What the reference writes between tiles.
         return self._medium(Modality.IMAGE, pixels, more="\n" if tiled else "")
 
-    def _medium(self, kind: Modality, pixels: torch.Tensor, more: str = "") -> Medium:
+    def _medium(
+        self, kind: Modality, pixels: torch.Tensor, more: str = "", source: Any = None
+    ) -> Medium:
         before, after, more_ids = (
             self._tokenizer(text).input_ids if text else []
             for text in (*self.hf_config.frame_text(kind.name.lower()), more)
@@ -64,6 +66,7 @@ class LongVilaProcessor(PlaceholderProcessor):
             before=before,
             after=after,
             data={"text_before": before, "text_after": after},
+            source=source,
         )
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:

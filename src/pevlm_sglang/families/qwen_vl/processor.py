@@ -1,38 +1,50 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the video as qwen-vl-utils gives it, and wishes of each video.
 
-SGLang's own processor differs from that; the package's docstring says how. Here, frames are sampled
-and resized before SGLang's code sees the video, which leaves such a video alone.
+SGLang's own processor differs from that; the package's docstring says how. Here, a video is in
+patches before SGLang's code sees it, which leaves such a video alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors import qwen_vl as upstream
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.qwen_vl import VIDEO
+from pevlm_sglang.families.qwen_vl.patched_videos import (
+    IDENTITIES,
+    PatchedVideoProcessor,
+    PatchedVideos,
+    patched_videos,
+)
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
-from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references, sampled_upstream
-from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
+from pevlm_sglang.families.qwen_vl.video import Patcher, empty_patches, normalization, sample
+from pevlm_sglang.media.identity import identity
+from pevlm_sglang.media.slices import all_of
+from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
 
-_METADATA = "pevlm_video_metadata"
 _TOTAL_PIXELS = "VIDEO_MAX_PIXELS"  # environment variable that SGLang reads
 
 
 class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
     """See the module."""
 
-    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hf_config, *args, **kwargs)
-        self._steps_aside = is_the_references(self.geometry)
+    def __init__(
+        self, hf_config: Any, server_args: Any, processor: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        processor.video_processor = PatchedVideoProcessor(processor.video_processor)
+        super().__init__(hf_config, server_args, processor, *args, **kwargs)
+        self.ATTR_NAME_TO_MODALITY[IDENTITIES] = Modality.VIDEO
+        self._normalization = normalization(processor.video_processor)
+        self._exact = self.config.video_resize == "float32"
 
     @staticmethod
     def geometry_of(hf_config: Any) -> QwenGeometry:
@@ -54,7 +66,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         """
         sources, wishes = self.wishes(video_data)
         asked = any(wish.given() for wish in wishes)
-        loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
+        with stage("fetch"):
+            loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
         encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
         if asked and not all(encoded):
             raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
@@ -62,34 +75,53 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
             raise ValueError("videos: expected all of them encoded or none, got some of each")
         if any(encoded):
             # SGLang drops videos without a placeholder, which come last.
-            pairs = zip(loaded.videos, wishes, strict=False)
-            prepared = [await self._prepare(video, wish) for video, wish in pairs]
-            loaded.videos = [frames for frames, _ in prepared]
-            setattr(loaded, _METADATA, [metadata for _, metadata in prepared])
+            videos = await self._patched(loaded.videos, wishes[: len(encoded)])
+            loaded.videos = videos.stand_ins()
         return loaded
 
-    async def _prepare(self, video: Any, wish: Wishes) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Frames ``[T, 3, H, W]`` uint8 of a video, and their metadata for the processor."""
-        settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
-        if self._steps_aside:
-            return await sampled_upstream(video, self.geometry, settings.given())
-        work = self.io_executor.submit(sample_and_resize, video, self.geometry, settings)
-        return await asyncio.wrap_future(work)
-
-    async def process_and_combine_mm_data_async(
-        self, base_output: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Hand over the reference's metadata, without a second resize; and leave the steps of a
-        video with timestamps on its item."""
-        if (metadata := getattr(base_output, _METADATA, None)) is not None:
-            kwargs |= {"video_metadata": metadata, "do_sample_frames": False}
-            kwargs["processor_video_config"] = {"do_resize": False}
-        items, ids, output = await super().process_and_combine_mm_data_async(
-            base_output, *args, **kwargs
+    async def _patched(self, videos: Sequence[Any], wishes: Sequence[Wishes]) -> PatchedVideos:
+        """Sample, resize and patchify the videos of a prompt."""
+        planned = []
+        for video, wish in zip(videos, wishes, strict=True):
+            settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
+            planned.append(sample(video, self.geometry, settings))
+        grids = [one.grid(self.geometry) for one in planned]
+        patches, *parts = empty_patches(grids, self.geometry, self._dtype)
+        digests = await all_of(
+            self.read(
+                video,
+                one.indices,
+                Patcher(part, one, self.geometry, self._normalization, exact=self._exact),
+                multiple=self.geometry.frames_per_step,
+            )
+            for video, one, part in zip(videos, planned, parts, strict=True)
         )
+        identities = [
+            identity(digest, one.indices, one.metadata["fps"], one.size, self._exact, self._dtype)
+            for digest, one in zip(digests, planned, strict=True)
+        ]
+        return PatchedVideos(patches, grids, [one.metadata for one in planned], identities)
+
+    def process_and_combine_mm_data(
+        self, base_output: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Hand over patches without the settings that they were made by; and leave the steps of a
+        video with timestamps on its item."""
+        if patched_videos(base_output.videos) is not None:
+            kwargs |= {"processor_video_config": {}, "video_metadata": None}
+        items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output
+
+    def _postprocess_mm_items_before_transport(self, items: list[Any], **kwargs: Any) -> list[Any]:
+        """Hash them here, in a thread of the launcher: SGLang does so in the scheduler's loop."""
+        items = super()._postprocess_mm_items_before_transport(items, **kwargs)
+        for item in items:
+            if (known := item.model_specific_data.pop(IDENTITIES, None)) is not None:
+                item.hash = identity(*known.tolist())
+            item.set_pad_value()
+        return items
 
 
 def needless_corrections(hf_config: Any) -> tuple[str, ...]:

@@ -1,13 +1,12 @@
 """Whether SGLang's own sampling and resizing of a video are the reference's by now.
 
-PEVLM's take their place where they are not (:mod:`pevlm_sglang.families.qwen_vl`). Asked of a small
-made video at start, so that the correction steps aside in the release that makes it needless.
+Asked of a small made video at start: in the release in which they are, a server no longer says that
+PEVLM corrects them (:mod:`pevlm_sglang.families.qwen_vl`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ from sglang.srt.multimodal.processors import qwen_vl as upstream
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
-from pevlm_sglang.families.qwen_vl.video import sample_and_resize
+from pevlm_sglang.families.qwen_vl.video import resized, sample
 
 _FRAMES, _RATE, _SIZE = 37, 9.5, (180, 322)
 
@@ -42,27 +41,20 @@ class _Probe(VideoDecoderWrapper):
         return self._frames[indices]
 
 
-async def sampled_upstream(
-    video: Any, geometry: QwenGeometry, values: Mapping[str, Any]
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """SGLang's frames ``[T, 3, H, W]`` of a video and their metadata, under video settings."""
-    options: dict[str, Any] = {"video_config": dict(values)}
-    if "image_factor" in inspect.signature(upstream.preprocess_video).parameters:
-        options["image_factor"] = geometry.factor
-    frames, metadata = await upstream.preprocess_video(video, **options)
-    return frames, metadata
-
-
 @cache
 def is_the_references(geometry: QwenGeometry) -> bool:
     """Whether SGLang samples and resizes as qwen-vl-utils does."""
     probe, settings = _Probe(), geometry.settings({})
+    options: dict[str, Any] = {"video_config": settings.given()}
+    if "image_factor" in inspect.signature(upstream.preprocess_video).parameters:
+        options["image_factor"] = geometry.factor
     try:  # a loop may be running, and nothing is awaited in there
-        sampled_upstream(probe, geometry, settings.given()).send(None)
+        upstream.preprocess_video(probe, **options).send(None)
     except StopIteration as done:
         theirs, metadata = done.value
     else:
         return False
-    frames, expected = sample_and_resize(probe, geometry, settings)
-    same = list(metadata["frames_indices"]) == expected["frames_indices"]
+    expected = sample(probe, geometry, settings)
+    frames = resized(probe.get_frames_as_tensor(expected.indices), expected.size, exact=True)
+    same = list(metadata["frames_indices"]) == expected.indices
     return same and theirs.shape == frames.shape and bool((theirs.cpu() == frames.cpu()).all())

@@ -1,53 +1,166 @@
-"""A video as qwen-vl-utils gives it: its sampled frames, resized."""
+"""A video as qwen-vl-utils samples and resizes it, and in patches as transformers cuts it.
+
+Slices of frames (:mod:`pevlm_sglang.media.slices`) go straight into the vision tower's input, so
+that no other copy of the video exists.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
-from pevlm_sglang.media.video_file import decoding, length_and_rate, parts
+from pevlm_sglang.media.stages import stage
+from pevlm_sglang.media.video_file import length_and_rate
 
-_PIXELS_AT_ONCE = 1 << 26  # of a resize, which computes in fp32
+_PIXELS_AT_ONCE = 1 << 22  # of a resize in fp32
 
 
-def sample_and_resize(
-    video: Any, geometry: QwenGeometry, settings: VideoSettings
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Frames ``[T, 3, H, W]`` uint8, and their metadata as transformers takes it.
+@dataclass(frozen=True)
+class Sampled:
+    """Which frames of a file are sampled, and what becomes of them.
 
-    Args:
-        video: SGLang's ``VideoDecoderWrapper``.
+    Attributes:
+        indices: of the frames.
+        size: width and height after the resize.
+        metadata: as transformers' processor takes it.
+    """
+
+    indices: list[int]
+    size: tuple[int, int]
+    metadata: dict[str, Any]
+
+    def grid(self, geometry: QwenGeometry) -> tuple[int, int, int]:
+        """Steps, patches in a column, patches in a row."""
+        width, height = self.size
+        steps = -(-len(self.indices) // geometry.frames_per_step)
+        return steps, height // geometry.patch_size, width // geometry.patch_size
+
+
+def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
+    """What is sampled from SGLang's ``VideoDecoderWrapper``.
 
     Raises:
-        ValueError: a video with too few frames, too large ones, or too long and narrow ones.
+        ValueError: a video with too few frames, or too long and narrow ones.
 
-    Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils. Its frames are resized
-    in one piece and cast to fp32 at the end, to the same values.
+    Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils.
     """
     total, fps = length_and_rate(video)
     count = geometry.sampled_frames(total, fps, settings)
     indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    resized = []
-    for part in parts(video, indices):
-        with decoding():
-            decoded = video.get_frames_as_tensor(part).permute(0, 3, 1, 2)
-        size = decoded.shape[-1], decoded.shape[-2]
-        width, height = geometry.resized(count, size, settings)
-        resized += [
-            resize(few, [height, width], InterpolationMode.BICUBIC, antialias=True)
-            for few in decoded.split(max(1, _PIXELS_AT_ONCE // (size[0] * size[1])))
-        ]
-    frames = torch.cat(resized)
-    if frames.device.type == "cpu" and torch.cuda.is_available():
-        frames = frames.pin_memory()  # as SGLang does
-    return frames, {
+    height, width = video.frame_shape
+    size = geometry.resized(count, (width, height), settings)
+    metadata = {
         "fps": fps,
         "duration": total / fps,
         "total_num_frames": total,
         "frames_indices": indices,
         "video_backend": "torchcodec",
     }
+    return Sampled(indices, size, metadata)
+
+
+def resized(frames: torch.Tensor, size: tuple[int, int], *, exact: bool) -> torch.Tensor:
+    """Frames ``[n, 3, height, width]`` uint8 after a bicubic resize with antialiasing.
+
+    Args:
+        frames: ``[n, height, width, 3]`` uint8.
+        size: width and height.
+        exact: as qwen-vl-utils resizes, in fp32; or as transformers' video processors do, in
+            PyTorch's kernel for uint8, which rounds between the passes and takes a twentieth of the
+            time. It is there on the CPU alone.
+    """
+    frames, target = frames.permute(0, 3, 1, 2), [size[1], size[0]]
+    if list(frames.shape[2:]) == target:
+        return frames
+    if not exact and frames.device.type == "cpu":
+        return interpolate(frames, target, mode="bicubic", antialias=True)
+    few = max(1, _PIXELS_AT_ONCE // (frames.shape[2] * frames.shape[3]))
+    parts = [
+        resize(part, target, InterpolationMode.BICUBIC, antialias=True)
+        for part in frames.split(few)
+    ]
+    return torch.cat(parts)
+
+
+class Patcher:
+    """Writes slices of a video into the vision tower's input.
+
+    Args:
+        out: ``[patches, 3 * frames_per_step * patch_size²]``, of this video.
+        sampled: the video.
+        normalization: see :func:`normalization`.
+        exact: see :func:`resized`.
+    """
+
+    def __init__(
+        self,
+        out: torch.Tensor,
+        sampled: Sampled,
+        geometry: QwenGeometry,
+        normalization: tuple[torch.Tensor, torch.Tensor],
+        *,
+        exact: bool,
+    ) -> None:
+        self._size, self._exact = sampled.size, exact
+        self._mean, self._std = normalization
+        steps, rows, columns = sampled.grid(geometry)
+        merge, patch = geometry.merge_size, geometry.patch_size
+        self._per_step = geometry.frames_per_step
+        self._cut = (rows // merge, merge, patch, columns // merge, merge, patch)
+        self._steps = out.view(steps, rows * columns, -1)
+
+    def __call__(self, start: int, frames: torch.Tensor) -> None:
+        """See :data:`~pevlm_sglang.media.slices.Work`; ``start`` begins a step."""
+        with stage("resize"):
+            pixels = resized(frames, self._size, exact=self._exact)
+        with stage("process"):
+            self._write(start, pixels)
+
+    def _write(self, start: int, pixels: torch.Tensor) -> None:
+        if missing := -len(pixels) % self._per_step:  # of a video's last step
+            pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+        steps = self._steps[start // self._per_step :]
+        for patches, step in zip(steps, pixels.split(self._per_step), strict=False):
+            patches.copy_(self._patches(step))
+
+    def _patches(self, step: torch.Tensor) -> torch.Tensor:
+        """``[patches, dim]`` fp32 of a step's frames ``[n, 3, height, width]``, in the order of
+        transformers' ``Qwen2VLVideoProcessor.patchify``."""
+        cut = step.unflatten(3, self._cut[3:]).unflatten(2, self._cut[:3])
+        cut = cut.permute(
+            2, 5, 3, 6, 1, 0, 4, 7
+        )  # patches: place, inside it; channel, frame, pixel
+        values = torch.empty(cut.shape, dtype=torch.float32, device=step.device).copy_(cut)
+        values = values.view(*cut.shape[:5], -1)
+        values.sub_(self._mean[:, None]).div_(self._std[:, None])
+        return values.flatten(4).flatten(0, 3)
+
+
+def normalization(video_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is subtracted from a uint8 pixel, and what it is then divided by, ``[3]`` fp32 each.
+
+    Source: ``rescale_and_normalize`` of transformers' image processors, which fuses the two.
+    """
+    mean, std = torch.zeros(3), torch.ones(3)
+    if video_processor.do_normalize:
+        mean = torch.tensor(video_processor.image_mean)
+        std = torch.tensor(video_processor.image_std)
+    scale = 1.0 / video_processor.rescale_factor if video_processor.do_rescale else 1.0
+    return mean * scale, std * scale
+
+
+def empty_patches(
+    grids: Sequence[tuple[int, int, int]], geometry: QwenGeometry, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The tower's input of several videos, and the part of it that is each one's."""
+    dim = 3 * geometry.frames_per_step * geometry.patch_size**2
+    lengths = [steps * rows * columns for steps, rows, columns in grids]
+    patches = torch.empty(sum(lengths), dim, dtype=dtype)
+    return [patches, *patches.split(lengths)]

@@ -1,0 +1,70 @@
+"""By what SGLang's caches know a video: its file, and all that makes features of it.
+
+A digest of gigabytes of pixels would take the scheduler a second; one of the file is as safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import torch
+
+from pevlm_sglang.media.stages import stage
+
+_STAMP = "_pevlm_stamp"
+
+
+def file_stamp(source: Any) -> tuple[int, ...] | None:
+    """What changes when another file takes the place of this one, or its content changes; None for
+    what is no path."""
+    source = getattr(source, "url", source)
+    if not isinstance(source, str) or source.startswith(("data:", "http://", "https://")):
+        return None
+    path = unquote(urlparse(source).path) if source.startswith("file://") else source
+    if not os.path.isfile(path):
+        return None
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def remember_stamp(video: Any, stamp: tuple[int, ...] | None) -> None:
+    """Leave with an opened video the :func:`file_stamp` of before it was opened."""
+    setattr(video, _STAMP, stamp)
+
+
+def check_unchanged(video: Any) -> None:
+    """Called when all has been read: frames of one file must not go by the name of another.
+
+    Raises:
+        ValueError: the file is another by now.
+    """
+    before = getattr(video, _STAMP, None)
+    if before is not None and file_stamp(video._source) != before:
+        raise ValueError("video: expected a file that stays as it is, but it changed while read")
+
+
+def source_digest(video: Any) -> bytes | None:
+    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``; None for what SGLang did not
+    open."""
+    source = getattr(video, "_source", None)
+    with stage("hash"):
+        if isinstance(source, bytes):
+            return hashlib.sha256(source).digest()
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+    return None
+
+
+def pixels_digest(pixels: torch.Tensor) -> bytes:
+    """SHA-256 of a tensor's content."""
+    return hashlib.sha256(pixels.contiguous().view(torch.uint8).numpy().data).digest()
+
+
+def identity(*parts: Any) -> int:
+    """63 bits of a digest of these, by their ``repr``; SGLang's hashes of items have 64."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

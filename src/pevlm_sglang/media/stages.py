@@ -1,0 +1,139 @@
+"""Where the time of a request's videos and images goes before the scheduler has it.
+
+Added up over the threads that work on it at the same time, so it may exceed what the client waits.
+Seen in ``/metrics``, in the log, and in the response's ``Server-Timing`` header, which browsers and
+proxies understand (W3C, Server Timing).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+STAGES = {
+    "fetch": "reading or downloading the source, and opening it",
+    "decode": "decoding the sampled frames",
+    "resize": "resizing frames, in families whose processor does not do it",
+    "process": "normalisation, patches, tiles; and the prompt's tokens",
+    "hash": "the digest of the source",
+    "transfer": "the copy to the scheduler",
+}
+
+
+@dataclass
+class Stages:
+    """Of one request.
+
+    Attributes:
+        seconds: by stage.
+        frames: decoded.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    frames: int = 0
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {self.seconds[name]:.3f} s" for name in self._names())
+
+    def header(self) -> str:
+        """The value of ``Server-Timing``, in milliseconds."""
+        return ", ".join(f"{name};dur={1000 * self.seconds[name]:.1f}" for name in self._names())
+
+    def _names(self) -> list[str]:
+        return [name for name in STAGES if name in self.seconds]
+
+
+_current: ContextVar[Stages | None] = ContextVar("pevlm_media_stages", default=None)
+
+
+def begin() -> Stages:
+    """What this task and those that it starts do from here on belongs to one request; the HTTP
+    server has begun it already, an engine has not."""
+    if (stages := _current.get()) is None:
+        _current.set(stages := Stages())
+    return stages
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """The block is a stage of the current request; outside of requests, of none."""
+    stages, began = _current.get(), time.perf_counter()
+    try:
+        yield
+    finally:
+        if stages is not None:
+            stages.add(name, time.perf_counter() - began)
+
+
+def frames_decoded(count: int) -> None:
+    """Of the current request."""
+    if (stages := _current.get()) is not None:
+        with stages._lock:
+            stages.frames += count
+
+
+def report(*, metrics: bool) -> None:
+    """The current request is on its way to the scheduler.
+
+    Args:
+        metrics: whether to feed Prometheus.
+    """
+    stages = _current.get()
+    if stages is None or not stages.seconds:
+        return
+    logger.info("PEVLM media, #frame: %d, %s", stages.frames, stages)
+    if metrics:
+        histogram, frames = _prometheus()
+        for name, seconds in stages.seconds.items():
+            histogram.labels(name).observe(seconds)
+        frames.inc(stages.frames)
+    _current.set(Stages())  # the next request of a batch
+
+
+@cache
+def _prometheus() -> tuple[Any, Any]:
+    """In the running launcher: prometheus_client reads its directory when it is imported, which
+    SGLang sets first."""
+    from prometheus_client import Counter, Histogram
+
+    buckets = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+    text = "Time of a request's media by stage, over all threads that work on it."
+    histogram = Histogram("pevlm_media_seconds", text, ["stage"], buckets=buckets)
+    return histogram, Counter("pevlm_media_frames_total", "Frames decoded.")
+
+
+class ServerTiming:
+    """ASGI middleware: the header, on responses to requests with media that have passed all stages
+    by the time at which the response starts, which streams need not have."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        _current.set(None)
+        stages = begin()
+
+        async def with_header(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start" and stages.seconds:
+                header = (b"server-timing", stages.header().encode())
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await self._app(scope, receive, with_header)

@@ -1,0 +1,39 @@
+"""The way of pixels to the scheduler: a copy in shared memory, made in a thread.
+
+SGLang makes it on the launcher's event loop, where gigabytes stop every stream for a second
+(sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pevlm_sglang.media.stages import report, stage
+
+
+async def send(
+    upstream: Callable[..., Coroutine[Any, Any, None]], manager: Any, tokenized: Any
+) -> None:
+    """Send a request to the scheduler, its pixels in shared memory by then.
+
+    Args:
+        upstream: SGLang's ``TokenizerManager._send_one_request``, which leaves alone what is in
+            shared memory.
+        tokenized: the request.
+    """
+    from sglang.srt.managers.mm_utils import discard_shm_features, wrap_shm_features
+
+    if getattr(tokenized, "mm_inputs", None) is None:
+        return await upstream(manager, tokenized)
+    copying = asyncio.ensure_future(asyncio.to_thread(wrap_shm_features, tokenized))
+    try:
+        with stage("transfer"):
+            await asyncio.shield(copying)
+        report(metrics=manager.enable_metrics)
+        await upstream(manager, tokenized)
+    except BaseException:  # a client that hung up, for instance: nobody else gives it back
+        await asyncio.wait([copying])
+        discard_shm_features(tokenized)
+        raise
