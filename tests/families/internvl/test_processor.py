@@ -22,10 +22,9 @@ from pevlm_sglang.families.spans import SpanRule, leave_labels
 from pevlm_sglang.layout import FrameSpans
 from support.families import internvl as reference
 from support.families.internvl import IMAGE, VIDEO
-from support.families.internvl_model import CONTEXT, make_tiny_model
+from support.families.internvl_model import CONTEXT
 from support.families.internvl_upstream import processor
 from support.golden import describe
-from support.video import write_video
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "internvl.txt"
 RULE = SpanRule(family, 1)
@@ -34,29 +33,10 @@ Clip = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("internvl"))
-
-
-@pytest.fixture(scope="module")
 def tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    """A path, by size and seed."""
-    directory = tmp_path_factory.mktemp("clips")
-
-    def write(width: int = 96, height: int = 64, seed: int = 0, seconds: float = 3) -> str:
-        path = directory / f"{width}-{height}-{seed}-{seconds}.mp4"
-        if not path.exists():
-            write_video(path, seconds=seconds, size=(width, height), seed=seed)
-        return str(path)
-
-    return write
 
 
 def scheduled(output: Any, *, corrected: bool = True) -> tuple[Any, list[int]]:
