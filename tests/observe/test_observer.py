@@ -18,7 +18,7 @@ from test_layout import build, chunks, cut_sets
 from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
 
 from pevlm_sglang.attention.plan import virtual_sequences
-from pevlm_sglang.layout import Layout
+from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import (
     DENSE_REASONS,
     DISABLED,
@@ -119,6 +119,16 @@ def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
         "PEVLM prefill batch, #req: 3, #token: 7, #sparse-token: 6, #block: 3, "
         f"visible_fraction: {computed / full:.4f}"
     )
+
+
+def test_text_in_a_block_of_images_does_not_cut_it_in_two(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = FrameSpans(tuple((4 * i, 4 * i + 3) for i in range(5)), image_run=True)
+    layout = Layout.build([images], sink_frames=1, block_frames=2)
+    with caplog.at_level(logging.INFO, "pevlm_sglang.observe.observer"):
+        observe(Observer(log=True, metrics=False), (RequestLayout(layout, None), 0, 19))
+    assert "#sparse-token: 6, #block: 1," in caplog.text
 
 
 def test_silent_ranks_do_not_log(caplog: pytest.LogCaptureFixture) -> None:

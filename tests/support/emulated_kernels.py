@@ -171,12 +171,12 @@ def _flash(
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[1::-1], torch.nan)
     for i, (rows, own) in enumerate(zip(torch.arange(len(q)).split(lengths_q), keys, strict=True)):
         mask = _bottom_right_causal(len(rows), len(own), causal)
-        of_seq = (
+        keys_of, values_of = (
             stored[own] if descale is None else stored[own].float() * descale[i][:, None]
             for stored, descale in zip((k, v), descales, strict=True)
         )
         out[rows], lse[:, rows] = masked_attention_lse(
-            q[rows], *of_seq, mask, softmax_scale=softmax_scale
+            q[rows], keys_of, values_of, mask, softmax_scale=softmax_scale
         )
     return out, lse
 
