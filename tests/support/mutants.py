@@ -121,10 +121,11 @@ def page(rows: dict[str, tuple[int, int]], listed: Sequence[Mutant]) -> str:
     """The document.
 
     Args:
-        rows: part → its mutants, and how many of them were killed.
+        rows: part → its mutants, and how many of them were killed, of the parts that were run.
         listed: all mutants.
     """
     harmless = [mutant for mutant in listed if mutant.harmless]
+    missing = sorted({mutant.part for mutant in listed} - rows.keys())
     total, killed = (sum(numbers) for numbers in zip(*rows.values(), strict=True))
     lines = [
         "# Mutants",
@@ -138,6 +139,7 @@ def page(rows: dict[str, tuple[int, int]], listed: Sequence[Mutant]) -> str:
         "| part | mutants | killed |",
         "|---|---|---|",
         *(f"| {part} | {rows[part][0]} | {rows[part][1]} |" for part in sorted(rows)),
+        *(f"| {part} | {sum(m.part == part for m in listed)} | not run |" for part in missing),
         "",
         "Harmless, and why:",
         "",

@@ -92,6 +92,19 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
         yield run
 
 
+@pytest.mark.parametrize("asked", [None, "auto", "pil", "torchvision"])
+def test_pil_resizes_where_nobody_says_otherwise(directory: Path, asked: str | None) -> None:
+    from sglang.srt.utils.hf_transformers_utils import get_processor
+
+    from pevlm_sglang.families.llava_video.checkpoint import load_processor
+
+    found = load_processor(
+        get_processor, str(directory), model_name=str(directory), image_processor_backend=asked
+    )
+    is_pil = type(found.image_processor).__name__.endswith("Pil")
+    assert is_pil == (asked != "torchvision")
+
+
 def check_ids_and_pixels(out: Any, inputs: Any, pixels: list[torch.Tensor]) -> None:
     assert out.input_ids == inputs["input_ids"][0].tolist()
     for found, expected in zip(out.mm_items, pixels, strict=True):
