@@ -32,12 +32,6 @@ def test_image_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         Processor._load_single_item(str(path), Modality.IMAGE)
 
 
-@pytest.mark.parametrize("frames", [[{}], ["/a.png"], [None], [1], [[[]]]])
-def test_list_without_pictures_is_no_video(frames: list[Any]) -> None:
-    with pytest.raises(ValueError, match="video: expected pictures in a list"):
-        Processor._load_single_item(frames, Modality.VIDEO)
-
-
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", "AAAA", b"/", "http://a/b"])
 def test_only_paths_are_looked_at(source: Any) -> None:
     check_path(source)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pevlm_sglang.media.stages import STAGES
 from server.conftest import FEW_TOKENS
 from support.server import Server
 from support.video import video_data_url
@@ -75,7 +77,8 @@ def test_broken_video(
         ({"fps": 0}, "fps"),
         ({"fps": "fast"}, "fps"),
         ({"max_frames": -1}, "max_frames"),
-        ({"max_frames": 1}, "nframes"),
+        ({"max_frames": 1}, "max_frames: expected at least 2 sampled frames, got 1"),
+        ({"max_frames": True}, "max_frames: expected a number, got true"),
         ({"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_pixels": "many"}, "max_pixels"),
         ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
@@ -153,6 +156,95 @@ def test_a_setting_where_it_is_obeyed(server: Server, path: str, body: Any) -> N
     assert "unknown option 'enabld'" in bad.text
 
 
+@pytest.mark.parametrize("wish", ["fps", "nframes", "min_frames", "max_frames", "max_pixels"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 1}),
+        ("/generate", {"text": "hi"}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}),
+        ("/api/generate", {"prompt": "hi"}),
+        ("/vertex_generate", {"instances": [{"text": "hi"}]}),
+    ],
+)
+def test_a_wish_where_it_would_be_dropped(server: Server, path: str, body: Any, wish: str) -> None:
+    reply = server.post(path, {"model": "default", **body, wish: 8})
+    assert reply.status_code == 400
+    assert f"{wish}: expected beside the url of a video" in reply.text
+
+
+def test_a_video_on_responses(
+    server: Server, model: Callable[[str], Path], clip: Callable[..., Path]
+) -> None:
+    """It reaches the model with its wishes; or names them."""
+
+    def ask(**wishes: Any) -> Any:
+        url = {"url": video_data_url(clip(10)), **wishes}
+        parts = [{"type": "video_url", "video_url": url}, {"type": "input_text", "text": "What?"}]
+        body = {"model": str(model("qwen2_5_vl")), "max_output_tokens": 2, "store": False}
+        message = {"role": "user", "content": parts}
+        return server.post("/v1/responses", {**body, "input": [message]})
+
+    full, half = ask(), ask(max_frames=8)
+    assert (full.status_code, half.status_code) == (200, 200), (full.text, half.text)
+    fewer = full.json()["usage"]["input_tokens"] - half.json()["usage"]["input_tokens"]
+    assert fewer == 12 * (10 - 4)
+    for wishes in ({"nframes": 8}, {"max_frames": 769}, {"max_frames": True}):
+        reply = ask(**wishes)
+        assert reply.status_code == 400, reply.text
+        assert next(iter(wishes)) in reply.text
+
+
+@pytest.mark.parametrize(
+    ("wishes", "reason"),
+    [
+        ({"nframes": 8}, "nframes"),
+        ({"min_frames": 8}, "video min_frames: expected one of fps, max_frames, max_pixels"),
+        ({"num_frames": 8}, "num_frames"),
+        ({"min_pixels": 8}, "min_pixels"),
+        ({"max_frames": 769}, "max_frames: expected at most 768"),
+        ({"max_frames": True}, "boolean"),
+        ({"format": "processor_output"}, "format"),
+    ],
+)
+@pytest.mark.parametrize("batch", [False, True])
+def test_mappings_on_generate(
+    server: Server, clip: Callable[..., Path], batch: bool, wishes: Any, reason: str
+) -> None:
+    prompt = "<|vision_start|><|video_pad|><|vision_end|>What?"
+    good, bad = [{"url": str(clip(10)), "max_frames": 8}], [{"url": str(clip(10)), **wishes}]
+    params = {"max_new_tokens": 1}
+
+    def ask(video: Any) -> Any:
+        body = {"text": prompt, "video_data": video, "sampling_params": params}
+        if batch:
+            body |= {"text": [prompt] * 2, "video_data": [good, video]}
+        return server.post("/generate", body)
+
+    assert ask(good).status_code == 200
+    reply = ask(bad)
+    assert reply.status_code == 400
+    assert reason in reply.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations"])
+@pytest.mark.parametrize("form", [5, "json", []])
+def test_a_response_format_that_is_none(server: Server, path: str, form: Any) -> None:
+    body = {"model": "default", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    reply = server.post(path, {**body, "response_format": form})
+    assert reply.status_code == 400
+    assert "response_format: expected an object" in reply.text
+
+
+def test_vertex_drops_no_video(server: Server, clip: Callable[..., Path]) -> None:
+    body = {"instances": [{"text": "hi", "video_data": str(clip(10))}]}
+    reply = server.post("/vertex_generate", body)
+    assert reply.status_code == 400
+    assert "video: expected on one of" in reply.text
+
+
 def test_vertex_obeys(server: Server) -> None:
     for setting, status in (({"enabled": False}, 200), ({"enabld": True}, 400)):
         params = {"max_new_tokens": 1, "custom_params": {"pevlm": setting}}
@@ -163,7 +255,8 @@ def test_vertex_obeys(server: Server) -> None:
 def test_one_frame(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
     status, answer = ask(_video(video_data_url(clip(0.25))))
     assert status == 400
-    assert "nframes" in answer
+    assert "expected at least 2 frames" in answer
+    assert "send a single frame as an image" in answer
 
 
 def test_longer_than_the_context(
@@ -280,6 +373,26 @@ def test_counters(server: Server, clip: Callable[..., Path]) -> None:
         == _counters(server)['pevlm_prefill_tokens_total{kind="sparse",reason=""}']
     )
     assert f"#sparse-token: {8 * 12}, #block: 8, visible_fraction: " in server.log()
+
+
+def test_where_the_time_of_a_video_went(server: Server, clip: Callable[..., Path]) -> None:
+    """In the response, the metrics and the log; of text, nothing."""
+    message = {"role": "user", "content": [_video(video_data_url(clip(10, seed=11))), QUESTION]}
+    before = _counters(server)
+    answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [message]})
+    stages = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
+    assert list(stages) == [name for name in STAGES if name in stages]
+    assert {"fetch", "decode", "process", "hash", "transfer"} <= {*stages}
+    assert all(float(milliseconds) >= 0 for milliseconds in stages.values())
+    grown = {name: value - before.get(name, 0) for name, value in _counters(server).items()}
+    assert grown["pevlm_media_frames_total"] == 20
+    for stage, milliseconds in stages.items():
+        assert grown[f'pevlm_media_seconds_count{{stage="{stage}"}}'] == 1
+        seconds = grown[f'pevlm_media_seconds_sum{{stage="{stage}"}}']
+        assert seconds == pytest.approx(float(milliseconds) / 1000, abs=1e-3)
+    assert "PEVLM media, #frame: 20, fetch " in server.log()
+    text = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert "server-timing" not in server.post("/v1/chat/completions", text).headers
 
 
 def _counters(server: Server) -> dict[str, float]:

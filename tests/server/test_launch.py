@@ -46,7 +46,7 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
     [
         (
             ("--attention-backend", "pevlm", "--pevlm-block-frames", "0"),
-            "PEVLM: block_frames: expected >= 1, got 0",
+            "PEVLM: --pevlm-block-frames: expected >= 1, got 0",
         ),
         (
             ("--attention-backend", "triton", "--pevlm-sink-frames", "2"),

@@ -18,6 +18,7 @@ from pevlm_sglang.settings.config import (
     MAX_FRAMES,
     PevlmConfig,
     find_file,
+    flag,
     load_file,
     preset_names,
     resolve,
@@ -96,7 +97,8 @@ def test_config_is_frozen() -> None:
 def test_bad_values(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PevlmConfig(**values)
-    with pytest.raises(ValueError, match=message):
+    name, rest = message.split(":", 1)
+    with pytest.raises(ValueError, match=f"^{flag(f'pevlm_{name}')}:{rest}"):
         resolve(None, values)
 
 
@@ -115,6 +117,20 @@ def test_a_number_beyond_any_context_is_refused() -> None:
         with pytest.raises(ValueError, match="block_frames: expected <= 1000000, got ") as caught:
             PevlmConfig(block_frames=number)
         assert len(str(caught.value)) < LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("prefix", "typed"), [("pevlm_", "--pevlm-sink-frames"), ("", "--sink-frames")]
+)
+def test_a_bad_flag_is_named_as_it_was_typed(yaml_file: Path, prefix: str, typed: str) -> None:
+    yaml_file.write_text("block_frames: 2\n")
+    with pytest.raises(ValueError, match=f"^{typed}: expected >= 0, got -1$"):
+        resolve(yaml_file, {"sink_frames": -1}, prefix=prefix)
+    with pytest.raises(ValueError, match=r"^unknown option 'sinks'"):
+        resolve(yaml_file, {"sinks": 1})
+    yaml_file.write_text("sink_frames: -1\n")
+    with pytest.raises(ValueError, match="yaml: sink_frames: expected >= 0, got -1"):
+        resolve(yaml_file, {"sink_frames": 1})
 
 
 # --- Precedence: defaults < file < flags < request -----------------------------------------------
@@ -446,7 +462,7 @@ def test_conflicts(fields: dict, flags: dict, message: str) -> None:
 
 
 def test_bad_flag_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_frames: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^--pevlm-block-frames: expected >= 1, got 0"):
         requested(server_args(attention_backend="pevlm"), {"block_frames": 0})
 
 

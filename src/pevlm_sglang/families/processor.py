@@ -23,6 +23,7 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources
@@ -91,6 +92,12 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             wish.check(self.geometry.limits(self.settings))
         return sources, wishes
 
+    def heeded(self, video: Any, wish: Wishes) -> Wishes:
+        """What is wished of a loaded video; see :meth:`FrameArrays.heed`."""
+        if not isinstance(video, FrameArrays):
+            return wish
+        return video.heed(wish, self.geometry.limits(self.settings)["max_frames"])
+
     async def read(
         self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
     ) -> bytes | None:
@@ -128,7 +135,10 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: see :meth:`read`.
         """
-        indices = self.geometry.indices(*length_and_rate(video), settings)
+        if isinstance(video, FrameArrays):
+            indices = list(range(len(video)))
+        else:
+            indices = self.geometry.indices(*length_and_rate(video), settings)
         distinct = sorted(set(indices))
         stack = _Stack(len(distinct), pixels)
         digest = await self.read(video, distinct, stack)
@@ -253,9 +263,9 @@ class PlaceholderProcessor(VideoProcessor):
         """
         videos, wishes = self.wishes(request_obj.video_data)
         images = list(image_data or ())
-        if any(isinstance(medium, dict) for medium in (*images, *videos)):
+        if any(isinstance(image, dict) for image in images):
             raise ValueError(
-                "image_data, video_data: expected a file, URL or bytes, got a dict; features that "
+                "image_data: expected a file, URL or bytes, got a dict; features that "
                 "are processed already are not taken"
             )
         pieces, order = self.tokenize(input_text, len(images), len(videos))
@@ -274,6 +284,7 @@ class PlaceholderProcessor(VideoProcessor):
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
         for video, wish in zip(loaded.videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             work.append(self.video(video, self.settings.wished(wish)))
         media = await all_of(work)
         rest = {

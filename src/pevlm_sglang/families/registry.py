@@ -77,7 +77,10 @@ def of_checkpoint(directory: Path) -> Geometry:
         ValueError: a file that is missing or broken, or settings that are not known here.
     """
     config = read_json(directory / "config.json")
-    family = family_of(config.get("architectures"))
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures: expected names in a list, got {str(names)[:50]}")
+    family = family_of(names)
     return family.sizes.of_checkpoint(config, directory)
 
 

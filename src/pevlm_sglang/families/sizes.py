@@ -177,7 +177,7 @@ def processor_settings(directory: Path) -> dict[str, Any]:
     """
     nested = directory / "processor_config.json"
     if nested.exists() and "video_processor" in (content := read_json(nested)):
-        return dict(content["video_processor"])
+        return dict(section(content, "video_processor"))
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (directory / name).exists():
             return read_json(directory / name)
@@ -185,6 +185,42 @@ def processor_settings(directory: Path) -> dict[str, Any]:
         f"{directory}: expected processor_config.json, video_preprocessor_config.json or "
         "preprocessor_config.json, found none"
     )
+
+
+def whole(values: Mapping[str, Any], name: str, default: Any = None) -> int:
+    """A number of at least 1 in a checkpoint's JSON file.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = default if values.get(name) is None else values[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"{name}: expected a whole number of at least 1 in the checkpoint's JSON files, got "
+            f"{value!r}"
+        )
+    return value
+
+
+def section(values: Mapping[str, Any], name: str, default: Any = None) -> Mapping[str, Any]:
+    """An object inside a checkpoint's JSON file.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = default if values.get(name) is None else values[name]
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name}: expected an object in the checkpoint's JSON files, got {str(value)[:50]}"
+        )
+    return value
+
+
+def context_length(text: Mapping[str, Any]) -> int | None:
+    """Of a language model's configuration; None where it does not say."""
+    if text.get("max_position_embeddings") is None:
+        return None
+    return whole(text, "max_position_embeddings")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 
 _STAMP = "_pevlm_stamp"
@@ -47,8 +48,10 @@ def check_unchanged(video: Any) -> None:
 
 
 def source_digest(video: Any) -> bytes | None:
-    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``; None for what SGLang did not
-    open."""
+    """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``, or of frames in its place; None
+    for what SGLang did not open."""
+    if isinstance(video, FrameArrays):
+        return video.digest
     source = getattr(video, "_source", None)
     with stage("hash"):
         if isinstance(source, bytes):

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import numpy as np
-import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.media import limits
+from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
@@ -60,18 +59,6 @@ def check_path(source: Any) -> None:
         raise ValueError(f"image: expected a file, got {source[:100]}")
 
 
-def check_frames(source: Any) -> None:
-    """Refuse a list, in place of a video, of what are no pictures.
-
-    Raises:
-        ValueError: says what it holds.
-    """
-    if isinstance(source, list | tuple):
-        for frame in source:
-            if not isinstance(frame, Image.Image | np.ndarray | torch.Tensor):
-                raise ValueError(f"video: expected pictures in a list, got {str(frame)[:100]}")
-
-
 class SafeSources:
     """Of a processor, before SGLang's ``BaseMultimodalProcessor``."""
 
@@ -82,7 +69,9 @@ class SafeSources:
             if modality == Modality.IMAGE:
                 check_path(data)
             if modality == Modality.VIDEO:
-                check_frames(data)
+                source = getattr(data, "url", data)
+                if (frames := frame_arrays(source)) is not None:
+                    return frames
             stamp = file_stamp(data)
             loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs

@@ -64,6 +64,10 @@ class Wishes:
                 )
 
 
+_PROCESSED = (
+    "one that is processed already (processor_output, precomputed_embedding), whose sampling and "
+    "positions this server cannot answer for; send the video, or serve without PEVLM"
+)
 _NAMES = tuple(field.name for field in fields(Wishes))
 
 
@@ -84,7 +88,12 @@ def split(video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
 def _split(video: Any) -> tuple[Any, Wishes]:
     source: Any
     wishes: Mapping[str, Any] | None
-    if isinstance(video, Mapping) and "url" in video:  # not an input that is processed already
+    if isinstance(video, Mapping):
+        if "url" not in video:
+            raise ValueError(
+                "video: expected a file, URL, bytes or frames, or a mapping with url, got "
+                f"{_PROCESSED if 'format' in video else 'another one'}"
+            )
         source, wishes = video["url"], {k: v for k, v in video.items() if k != "url"}
         if unknown := [name for name in wishes if name not in _NAMES]:
             raise ValueError(f"video {unknown[0]}: expected one of {', '.join(_NAMES)}")

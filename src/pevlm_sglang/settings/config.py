@@ -170,17 +170,28 @@ class PevlmConfig:
         return dataclasses.asdict(self)
 
 
-def resolve(file: str | Path | None, flags: Mapping[str, Any]) -> PevlmConfig:
+def resolve(
+    file: str | Path | None, flags: Mapping[str, Any], *, prefix: str = "pevlm_"
+) -> PevlmConfig:
     """The server's configuration.
 
     Args:
         file: a YAML file with any of the options, or None; see :func:`find_file`.
         flags: values that the command line or ``Engine(...)`` gave; those not given are absent.
+        prefix: of the flags' names, which an error spells as they were typed.
 
     Raises:
         ValueError: a file that is missing or not a mapping, an unknown name, a bad value.
     """
     values = {} if file is None else load_file(find_file(file))
+    for name, value in flags.items():
+        try:
+            PevlmConfig().override({name: value})
+        except ValueError as error:
+            if not str(error).startswith(f"{name}: "):
+                raise
+            typed = flag(prefix + name)
+            raise ValueError(typed + str(error).removeprefix(name)) from None
     return PevlmConfig().override({**values, **flags})
 
 

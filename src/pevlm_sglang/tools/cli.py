@@ -116,7 +116,7 @@ def _add_show(commands: Any) -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     model, preset = _model_and_preset(arguments)
-    config = resolve(preset, _given(arguments, "sink_frames", "block_frames"))
+    config = resolve(preset, _given(arguments, "sink_frames", "block_frames"), prefix="")
     request = Request(
         size=arguments.size,
         settings={**arguments.mm_process_config, **_given(arguments, "fps", "max_frames")},

@@ -187,7 +187,7 @@ def test_a_frame_and_a_picture_are_known_apart(process: Any) -> None:
     [
         ("What?", {"videos": ["x.mp4"]}, "expected 1 of <video>, one for each video, got 0"),
         ("<image>", {}, "expected 0 of <image>, one for each image, got 1"),
-        ("<video>", {"videos": [{"format": "processor_output"}]}, "got a dict"),
+        ("<video>", {"videos": [{"format": "processor_output"}]}, "processed already"),
         ("<video>", {"videos": [{"url": "x", "max_pixels": 9}]}, "max_pixels: expected one of fps"),
         ("<video>", {"videos": [{"url": "x", "max_frames": 769}]}, "at most 768, the server's"),
     ],

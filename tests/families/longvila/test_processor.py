@@ -231,8 +231,10 @@ def test_placeholders_that_do_not_fit(
 
 def test_features_in_place_of_media(process: Callable[..., Any]) -> None:
     item = {"format": "precomputed_embedding", "feature": torch.zeros(1)}
-    with pytest.raises(ValueError, match="expected a file, URL or bytes"):
+    with pytest.raises(ValueError, match="processed already"):
         process(VIDEO, [item])
+    with pytest.raises(ValueError, match="image_data: expected a file, URL or bytes, got a dict"):
+        process(IMAGE, images=[item])
 
 
 def test_tiles_of_a_single_image(tmp_path: Path) -> None:

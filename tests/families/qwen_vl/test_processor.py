@@ -109,7 +109,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def reference(
     model: Model,
     name: str,
-    videos: Sequence[tuple[Path, Mapping[str, Any]]],
+    videos: Sequence[tuple[Path | Sequence[Any], Mapping[str, Any]]],
     prompt: str,
     resize: str = "uint8",
 ) -> Any:
@@ -385,7 +385,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_frames": 769}, "max_frames: expected at most 768, the server's limit, got 769"),
         ({"max_frames": 10}, {"max_frames": 11}, "max_frames: expected at most 10"),
         ({}, {"max_frames": 1.5}, "max_frames: expected a whole number"),
-        ({}, {"max_frames": 1}, "nframes"),
+        ({}, {"max_frames": 1}, "max_frames: expected at least 2 sampled frames, got 1"),
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
@@ -413,13 +413,53 @@ def test_wish_below_the_servers_least(start: Start, clip: Callable[..., Path]) -
         start("qwen2_5_vl")(PROMPT, [video])
 
 
-def test_frames_instead_of_a_file(start: Start) -> None:
-    """They are sampled already: left to SGLang, and no wish can be heeded."""
-    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
-    processor = start("qwen2_5_vl", video=FEW)
-    assert grids(processor(PROMPT, [frames])) == [[2, 4, 4]]
-    with pytest.raises(ValueError, match="expected an encoded video, got frames"):
-        processor(PROMPT, [{"url": frames, "fps": 1}])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("frames", "rate"), [(8, None), (7, None), (1, None), (6, 0.5)])
+def test_frames_instead_of_a_file(
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    name: str,
+    frames: int,
+    rate: float | None,
+) -> None:
+    """All of them, at two a second or at the rate that the request says, as in qwen-vl-utils."""
+    from PIL import Image
+    from torchcodec.decoders import VideoDecoder
+
+    size = (112, 56) if PATCH[name] == 14 else (128, 64)  # where qwen-vl-utils does not resize
+    decoder = VideoDecoder(str(clip(20, size)), dimension_order="NHWC")
+    arrays = decoder.get_frames_at(list(range(frames))).data.numpy()
+    pictures = [Image.fromarray(frame) for frame in arrays]
+    wishes = {} if rate is None else {"sample_fps": rate}
+    expected = reference(models[name], name, [(pictures, {**FEW, **wishes})], PROMPT)
+    video: Any = pictures if rate is None else {"url": pictures, "fps": rate}
+    output = start(name, video=FEW)(PROMPT, [video])
+    assert_same(output, expected)
+    if name != "qwen3_vl":
+        config, ids = models[name].config, expected["input_ids"][0]
+        assert torch.equal(output.mrope_positions, mrope_positions(config, expected, ids)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("count", "wishes", "message"),
+    [
+        (5, {}, "expected at most 4 frames in a list, the server's max_frames, got 5"),
+        (4, {"max_frames": 2}, "max_frames: expected an encoded video, got frames"),
+    ],
+)
+def test_frames_that_are_refused(start: Start, count: int, wishes: Any, message: str) -> None:
+    frames = torch.zeros(count, 3, 56, 56, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        start("qwen2_5_vl", video={**FEW, "max_frames": 4})(PROMPT, [{"url": frames, **wishes}])
+
+
+def test_a_request_has_files_and_frames(start: Start, clip: Callable[..., Path]) -> None:
+    videos = [clip(8, (112, 84)), torch.zeros(4, 3, 56, 56, dtype=torch.uint8)]
+    output = start("qwen2_5_vl", video=FEW)(
+        PROMPT.replace("What", VIDEO), [str(videos[0]), videos[1]]
+    )
+    assert [row[0] for row in grids(output)] == [2, 2]
 
 
 # --- Settings of the server ------------------------------------------------------------------

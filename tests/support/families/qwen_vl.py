@@ -186,7 +186,7 @@ def reference_inputs(
 
 
 def reference_video(
-    video: Path,
+    video: Path | Sequence[Any],
     settings: Mapping[str, Any],
     *,
     image_patch_size: int = 14,
@@ -195,6 +195,7 @@ def reference_video(
     """A video as qwen-vl-utils gives it, its own reader included.
 
     Args:
+        video: a file, or pictures.
         resize: ``float32`` is its own too, ``uint8`` that of transformers' video processors.
     """
     import qwen_vl_utils.vision_process as reference
@@ -204,7 +205,7 @@ def reference_video(
     chosen = of_transformers.resize if resize == "uint8" else functional.resize
     with mock.patch.object(reference.transforms.functional, "resize", chosen):
         frames, metadata = reference.fetch_video(
-            {"video": str(video), **settings},
+            {"video": str(video) if isinstance(video, Path) else video, **settings},
             image_patch_size=image_patch_size,
             return_video_metadata=True,
         )

@@ -108,6 +108,17 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             video_token_id=self.video_token_id,
         )
 
+    async def _process_special_format(
+        self, image_data: Any, video_data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """SGLang's way for what is processed already: images alone.
+
+        Raises:
+            ValueError: a video.
+        """
+        self.wishes(video_data)
+        return await super()._process_special_format(image_data, video_data, *args, **kwargs)
+
     # --- Media ------------------------------------------------------------------------------
 
     def _most(self, request_obj: Any, kind: str) -> int:
@@ -152,8 +163,10 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        counts = share([wish.max_frames for wish in wishes], default, most)
-        if min(counts) < default and any(wish.max_frames is None for wish in wishes):
+        heeded = map(self.heeded, media.videos, wishes)
+        asked = [wish.max_frames for wish in heeded]
+        counts = share(asked, default, most)
+        if min(counts) < default and None in asked:
             logger.warning(
                 f"PEVLM: {counts} frames of {len(counts)} videos in place of {default} each: the "
                 f"context of {self.max_context_len} tokens holds {most}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings
+from pevlm_sglang.families.sizes import context_length, section, whole
 
 
 def label(number: int) -> str:
@@ -50,10 +51,13 @@ PUBLISHED = {"internvl3_5": InternVLGeometry()}
 
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> InternVLGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
-    vision, text = config["vision_config"], config["llm_config"]
+    vision, text = section(config, "vision_config"), section(config, "llm_config")
+    ratio = config.get("downsample_ratio", 0.5)
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"downsample_ratio: expected a number from 0 to 1, got {ratio!r}")
     return InternVLGeometry(
-        image_size=int(config.get("force_image_size") or vision["image_size"]),
-        patch_size=int(vision["patch_size"]),
-        merge_size=round(1 / config.get("downsample_ratio", 0.5)),
-        context_length=text.get("max_position_embeddings"),
+        image_size=whole(config, "force_image_size", vision.get("image_size")),
+        patch_size=whole(vision, "patch_size"),
+        merge_size=round(1 / ratio),
+        context_length=context_length(text),
     )

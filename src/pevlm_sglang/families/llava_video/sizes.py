@@ -15,7 +15,7 @@ from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
-from pevlm_sglang.families.sizes import read_json
+from pevlm_sglang.families.sizes import context_length, read_json, section, whole
 
 POOL_STRIDE = 2  # of the reference, whatever a configuration says
 _POOLED_SIDE = {"bilinear": math.ceil, "average": math.floor, "max": math.floor}
@@ -114,12 +114,14 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LlavaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     tower: Mapping[str, Any] = vars(PUBLISHED["llava_video"])
     if (name := config.get("mm_vision_tower")) != _SIGLIP:
-        tower = read_json(Path(str(name)) / "config.json")
-        tower = tower.get("vision_config", tower)
-    image_size, patch_size = int(tower["image_size"]), int(tower["patch_size"])
+        if not isinstance(name, str):
+            raise ValueError(f"mm_vision_tower: expected a name or a folder, got {name!r}")
+        tower = read_json(Path(name) / "config.json")
+        tower = section(tower, "vision_config", tower)
+    image_size, patch_size = whole(tower, "image_size"), whole(tower, "patch_size")
     return LlavaGeometry(
         image_size=image_size,
         patch_size=patch_size,
-        context_length=config.get("max_position_embeddings"),
+        context_length=context_length(config),
         layout=TokenLayout.of(SimpleNamespace(**config), image_size // patch_size),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pevlm_sglang.families.frame_counts import FrameGeometry, FrameSettings, evenly
-from pevlm_sglang.families.sizes import read_json
+from pevlm_sglang.families.sizes import context_length, read_json, whole
 
 DEFAULT_NUM_FRAMES = 256  # of LongVILA-7B-256f, where config.json does not say
 
@@ -57,15 +57,15 @@ for 16 of them; its context is what 256 frames need, to a power of two."""
 def of_checkpoint(config: Mapping[str, Any], directory: Path) -> LongVilaGeometry:
     """See :class:`~pevlm_sglang.families.sizes.SizeRules`."""
     vision = read_json(directory / "vision_tower" / "config.json")
-    projector = str(read_json(directory / "mm_projector" / "config.json")["mm_projector_type"])
+    projector = str(read_json(directory / "mm_projector" / "config.json").get("mm_projector_type"))
     if projector not in DOWNSAMPLE:
         raise ValueError(
             f"mm_projector_type: expected one of {', '.join(DOWNSAMPLE)}, got {projector}"
         )
     return LongVilaGeometry(
-        image_size=int(vision["image_size"]),
-        patch_size=int(vision["patch_size"]),
+        image_size=whole(vision, "image_size"),
+        patch_size=whole(vision, "patch_size"),
         merge_size=DOWNSAMPLE[projector],
-        num_frames=int(config.get("num_video_frames") or DEFAULT_NUM_FRAMES),
-        context_length=read_json(directory / "llm" / "config.json").get("max_position_embeddings"),
+        num_frames=whole(config, "num_video_frames", DEFAULT_NUM_FRAMES),
+        context_length=context_length(read_json(directory / "llm" / "config.json")),
     )

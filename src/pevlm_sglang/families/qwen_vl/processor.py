@@ -12,7 +12,6 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors import qwen_vl as upstream
-from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.qwen_vl import VIDEO
@@ -65,17 +64,11 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
             ValueError: a bad wish of the request, or a video that cannot be sampled (HTTP 400).
         """
         sources, wishes = self.wishes(video_data)
-        asked = any(wish.given() for wish in wishes)
         with stage("fetch"):
             loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
-        encoded = [isinstance(video, VideoDecoderWrapper) for video in loaded.videos or ()]
-        if asked and not all(encoded):
-            raise ValueError("fps, max_frames, max_pixels: expected an encoded video, got frames")
-        if any(encoded) and not all(encoded):
-            raise ValueError("videos: expected all of them encoded or none, got some of each")
-        if any(encoded):
+        if loaded.videos:
             # SGLang drops videos without a placeholder, which come last.
-            videos = await self._patched(loaded.videos, wishes[: len(encoded)])
+            videos = await self._patched(loaded.videos, wishes[: len(loaded.videos)])
             loaded.videos = videos.stand_ins()
         return loaded
 
@@ -83,6 +76,7 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         """Sample, resize and patchify the videos of a prompt."""
         planned = []
         for video, wish in zip(videos, wishes, strict=True):
+            wish = self.heeded(video, wish)
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
             planned.append(sample(video, self.geometry, settings))
         grids = [one.grid(self.geometry) for one in planned]

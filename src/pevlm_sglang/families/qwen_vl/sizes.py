@@ -15,7 +15,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pevlm_sglang.families.sizes import Geometry, Settings, VideoTokens, processor_settings
+from pevlm_sglang.families.sizes import (
+    Geometry,
+    Settings,
+    VideoTokens,
+    context_length,
+    processor_settings,
+    section,
+    whole,
+)
 
 _FRAME_FACTOR = 2  # an even number of frames is sampled
 _MAX_RATIO = 200  # of the longer side to the shorter
@@ -137,12 +145,20 @@ class QwenGeometry(Geometry):
             bounded = min(max(wanted, least), settings.max_frames, total_frames)
             frames = _multiple(bounded, _FRAME_FACTOR, math.floor)
         if frames < _FRAME_FACTOR:
+            if total_frames < _FRAME_FACTOR:
+                raise ValueError(
+                    f"video: expected at least {_FRAME_FACTOR} frames, which this model sees as "
+                    f"one step, got {total_frames}; send a single frame as an image"
+                )
+            name = "max_frames" if settings.nframes is None else "nframes"
             raise ValueError(
-                f"sampled frames: expected nframes of at least {_FRAME_FACTOR}, got {frames}"
+                f"{name}: expected at least {_FRAME_FACTOR} sampled frames, got "
+                f"{getattr(settings, name)}"
             )
         if frames > total_frames:
             raise ValueError(
-                f"sampled frames: the video has only {total_frames}, got nframes {frames}"
+                f"nframes: expected at most the video's {total_frames} frames, got {frames}; a "
+                "request with fps or max_frames takes fewer"
             )
         return frames
 
@@ -259,7 +275,7 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
             "the token counts of other models are not known here"
         )
     settings = processor_settings(directory)
-    vision = config.get("vision_config") or {}
+    vision = section(config, "vision_config", {})
     sizes: dict[str, int] = {}
     for ours, name, in_config in (
         ("patch_size", "patch_size", "patch_size"),
@@ -267,14 +283,14 @@ def of_checkpoint(config: Mapping[str, Any], directory: Path) -> QwenGeometry:
         ("frames_per_step", "temporal_patch_size", "temporal_patch_size"),
     ):
         default = getattr(PUBLISHED[model_type], ours)
-        sizes[ours] = int(settings.get(name, default))
-        if (wanted := int(vision.get(in_config, default))) != sizes[ours]:
+        sizes[ours] = whole(settings, name, default)
+        if (wanted := whole(vision, in_config, default)) != sizes[ours]:
             raise ValueError(
                 f"{name}: config.json of {directory} says {wanted}, its processor files say "
                 f"{sizes[ours]}"
             )
-    text = config.get("text_config") or config
-    return QwenGeometry(model_type, **sizes, context_length=text.get("max_position_embeddings"))
+    text = section(config, "text_config", config)
+    return QwenGeometry(model_type, **sizes, context_length=context_length(text))
 
 
 def _multiple(number: float, factor: int, rounding: Callable[[float], int] = round) -> int:

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
 
@@ -44,7 +45,7 @@ class Sampled:
 
 
 def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
-    """What is sampled from SGLang's ``VideoDecoderWrapper``.
+    """What is sampled from SGLang's ``VideoDecoderWrapper``, or of frames in its place.
 
     Raises:
         ValueError: a video with too few frames, or too long and narrow ones.
@@ -52,15 +53,20 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils.
     """
     total, fps = length_and_rate(video)
-    count = geometry.sampled_frames(total, fps, settings)
-    indices = torch.linspace(0, total - 1, count).round().long().tolist()
+    if isinstance(video, FrameArrays):  # all of them, and the last one once more to whole steps
+        indices = list(range(total))
+        total += -total % geometry.frames_per_step
+        places = list(range(total))
+    else:
+        count = geometry.sampled_frames(total, fps, settings)
+        places = indices = torch.linspace(0, total - 1, count).round().long().tolist()
     height, width = video.frame_shape
-    size = geometry.resized(count, (width, height), settings)
+    size = geometry.resized(len(places), (width, height), settings)
     metadata = {
         "fps": fps,
         "duration": total / fps,
         "total_num_frames": total,
-        "frames_indices": indices,
+        "frames_indices": places,
         "video_backend": "torchcodec",
     }
     return Sampled(indices, size, metadata)
