@@ -92,17 +92,26 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
         yield run
 
 
+BACKEND = "image_processor_backend"
+
+
 @pytest.mark.parametrize("asked", [None, "auto", "pil", "torchvision"])
-def test_pil_resizes_where_nobody_says_otherwise(directory: Path, asked: str | None) -> None:
+def test_pil_resizes_where_nobody_says_otherwise(
+    directory: Path, tmp_path: Path, asked: str | None
+) -> None:
     from sglang.srt.utils.hf_transformers_utils import get_processor
 
     from pevlm_sglang.families.llava_video.checkpoint import load_processor
 
     found = load_processor(
-        get_processor, str(directory), model_name=str(directory), image_processor_backend=asked
+        get_processor, str(directory), model_name=str(directory), **{BACKEND: asked}
     )
     is_pil = type(found.image_processor).__name__.endswith("Pil")
     assert is_pil == (asked != "torchvision")
+    # A checkpoint with processor files: SGLang loads it, and would take auto as it likes.
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    given = load_processor(lambda path, **options: options, str(tmp_path), **{BACKEND: asked})
+    assert given[BACKEND] == ("torchvision" if asked == "torchvision" else "pil")
 
 
 def check_ids_and_pixels(out: Any, inputs: Any, pixels: list[torch.Tensor]) -> None:
