@@ -3,6 +3,7 @@
 # make test   format, lint, types and all tests
 # make soak   many clients at once and every disturbance, ten minutes (make test has two of them)
 # make fuzz   ten thousand broken files and a thousand broken requests (make test has few of them)
+# make mutants  a fault at a time in the code: the tests must see each; writes docs/mutants.md
 # make docs   the pages in docs/ as a site
 # make bench  everything that a GPU has to measure, in ten minutes (benchmarks/all.sh)
 # make accuracy   all results, tables and figures of the small video model, in a quarter of an hour
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install check test soak fuzz docs lint demo bench accuracy clean
+.PHONY: install check test soak fuzz mutants docs lint demo bench accuracy clean
 
 install: $(INSTALLED)
 
@@ -41,6 +42,10 @@ soak: install
 fuzz: install
 	$(BIN)/pytest -s tests/media/test_fuzz.py tests/server/test_fuzz.py \
 		--fuzz-files 10000 --fuzz-requests 1000 $(ARGS)
+
+# ARGS="layout: observe:" runs the parts of these names.
+mutants: install
+	cd tests && ../$(BIN)/python -m support.mutants $(ARGS)
 
 # Builds offline, strictly, into build/docs.
 docs: install

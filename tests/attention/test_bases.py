@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.base_cases import WITHOUT_FP8
+from support.base_cases import takes_fp8
 
 TESTS = Path(__file__).parents[1]
 
@@ -50,5 +50,7 @@ def test_base_backend(base: str) -> None:
     assert summary["taken"] == kernels
     assert summary["dense"] == dense
     assert (summary["planned"], summary["sparse"]) == (9 * len(kernels), 20 * len(kernels))
-    assert summary["fp8"] == 2 * sum(kernel not in WITHOUT_FP8 for kernel in kernels.values())
+    narrow = [kernel for kernel in kernels.values() if takes_fp8(base, kernel)]
+    assert summary["fp8"] == 2 * len(narrow)
+    assert summary["unscaled"] == len(narrow) - (base == "flashinfer" and "base" in narrow)
     assert summary["max_error"] < 2e-5

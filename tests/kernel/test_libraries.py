@@ -267,6 +267,23 @@ def test_auto_goes_by_dtype_and_width(machine: Callable[..., None]) -> None:
     assert chosen_implementation(OnGpu(), OnGpu(), narrow) == "triton"
 
 
+@pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
+def test_triton_takes_what_the_gpu_can_convert(
+    machine: Callable[..., None], capability: tuple, cache: torch.dtype
+) -> None:
+    """sm_89 is the first with instructions for e4m3; sm_80 the first with those for bfloat16."""
+    machine(capability, "triton")
+    reason = choice.refusal("triton", OnGpu(), OnGpu(dtype=cache), OnGpu(dtype=cache))
+    if capability < (8, 0):
+        assert reason == "expected a GPU of sm_80 or newer, got (7, 5)"
+    elif cache == torch.float8_e4m3fn and capability < (8, 9):
+        assert reason is not None
+        assert "a GPU before sm_89, got float8_e4m3fn" in reason
+    else:
+        assert reason is None
+
+
 @pytest.mark.parametrize(
     ("capability", "version"), [((8, 0), 2), ((8, 9), 2), ((9, 0), 3), ((10, 0), 4), ((12, 0), 4)]
 )

@@ -37,24 +37,26 @@ class Model:
         deepstack: whether an embedding is ``1 + LEVELS`` times as wide as a hidden state.
         one_buffer: whether every run of the tower overwrites the result of the one before, as
             SGLang's vision CUDA graphs do.
+        parts: whether a run returns a tensor an item in place of one.
         runs: the items of each run.
     """
 
     deepstack: bool = False
     one_buffer: bool = False
+    parts: bool = False
     runs: list[list[Any]] = field(default_factory=list)
     deepstack_visual_indexes: tuple[int, ...] = tuple(range(LEVELS))
 
     def __post_init__(self) -> None:
         self.buffer = torch.empty(1000, WEIGHT.shape[1])
 
-    def get_video_feature(self, items: list[Any]) -> torch.Tensor:
+    def get_video_feature(self, items: list[Any]) -> torch.Tensor | list[torch.Tensor]:
         self.runs.append(items)
         encoded = self.encode(torch.cat([item.feature for item in items]))
-        if not self.one_buffer:
-            return encoded
-        self.buffer[: len(encoded), : encoded.shape[1]] = encoded
-        return self.buffer[: len(encoded), : encoded.shape[1]]
+        if self.one_buffer:
+            self.buffer[: len(encoded), : encoded.shape[1]] = encoded
+            encoded = self.buffer[: len(encoded), : encoded.shape[1]]
+        return list(encoded.split([len(item.feature) for item in items])) if self.parts else encoded
 
     get_image_feature = get_video_feature
 
@@ -344,6 +346,54 @@ def test_same_video_of_two_requests(start: Start, runs: list[int]) -> None:
     assert scheduler.holder.num_bytes == 0
 
 
+def test_a_cut_just_before_a_video_holds_nothing(start: Start) -> None:
+    """Though a neighbour of the batch has encoded it."""
+    scheduler = start()
+    first, second = (Request.of(Medium([40], identity=11)) for _ in range(2))
+    scheduler.forward((first, 0, 30), (second, 0, 3))
+    assert scheduler.holder.held([second.inputs]) == {}
+    assert len(scheduler.holder.held([first.inputs])) > 0
+
+
+def test_view_of_the_cache(start: Start) -> None:
+    """What it admits is held as its own copy, what not as it came; what is freed is gone."""
+    start(cache_bytes=40 * HIDDEN * 4)
+    whole, key = torch.randn(100, HIDDEN), 5
+    small, large = (mm_schedule.EmbeddingResult(embedding=part) for part in (whole[:40], whole))
+    cache = mm_schedule.embedding_cache
+    view = embeddings.CacheView(cache, {})
+    assert view.set(key, small)
+    assert view.get_single(key) is view.found[key] is cache.get_single(key) is not small
+    assert not view.set(key + 1, large)
+    assert view.get_single(key + 1) is large
+    view = embeddings.CacheView(cache, {key: small})
+    view.set(key, small)  # known by now
+    assert view.found[key] is cache.get_single(key)
+    assert view.free(key, None)
+    assert view.get_single(key) is cache.get_single(key) is None
+    assert not view.free(key, None)
+
+
+class Qwen3VLForConditionalGeneration(Model):
+    """By the name of its class, SGLang leaves it to move the pixels."""
+
+
+@pytest.mark.parametrize("kind", [Model, Qwen3VLForConditionalGeneration])
+def test_the_tower_is_known_by_its_model(
+    start: Start, kind: type[Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_skip = mm_schedule._can_skip_pre_embed_feature_move
+    asked = []
+    monkeypatch.setattr(
+        mm_schedule,
+        "_can_skip_pre_embed_feature_move",
+        lambda method: asked.append(may_skip(method)) or asked[-1],
+    )
+    scheduler = start(kind())
+    scheduler.prefill(Request.of(Medium([40])), 16)
+    assert set(asked) == {kind is not Model}
+
+
 def test_upstream_cache_serves_repeats_of_what_fits(start: Start) -> None:
     scheduler = start(cache_bytes=MEGABYTE)
     for _ in range(2):
@@ -415,13 +465,14 @@ def test_another_video_of_the_same_hash(start: Start) -> None:
     scheduler.forward((second, 20, len(second.ids)))
 
 
+@pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("shape", ["two videos", "two videos, a range a frame"])
 def test_buffer_of_a_vision_graph(
-    start: Start, shape: str, monkeypatch: pytest.MonkeyPatch
+    start: Start, shape: str, parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next run overwrites what the tower returned."""
     monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", "1")
-    scheduler = start(Model(one_buffer=True))
+    scheduler = start(Model(one_buffer=True, parts=parts))
     request = Request.of(*SHAPES[shape])
     scheduler.forward((request, 0, 30))
     scheduler.forward((request, 30, 60), (Request.of(Medium([35])), 0, 20))

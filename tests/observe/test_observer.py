@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from test_layout import build, chunks, cut_sets
 from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
 
 from pevlm_sglang.attention.plan import virtual_sequences
-from pevlm_sglang.layout import Layout
+from pevlm_sglang.layout import FrameSpans, Layout
 from pevlm_sglang.observe.observer import (
     DENSE_REASONS,
     DISABLED,
@@ -130,6 +134,16 @@ def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
+def test_text_in_a_block_of_images_does_not_cut_it_in_two(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = FrameSpans(tuple((4 * i, 4 * i + 3) for i in range(5)), image_run=True)
+    layout = Layout.build([images], sink_frames=1, block_frames=2)
+    with caplog.at_level(logging.INFO, "pevlm_sglang.observe.observer"):
+        observe(Observer(log=True, metrics=False), (RequestLayout(layout, None), 0, 19))
+    assert "#sparse-token: 6, #block: 1," in caplog.text
+
+
 def test_silent_ranks_do_not_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pevlm_sglang.observe.observer"):
         totals_of([(sparse_request(), 0, 20)])
@@ -182,32 +196,67 @@ def test_vision_runs() -> None:
 
 
 class Event:
-    """A CUDA event; ``ended`` says when the device has reached it."""
+    """A CUDA event; its device works for a while that is another in each run, and has got as far as
+    ``reached``."""
 
-    ended = False
-    number = 0
+    now = reached = 0
 
     def __init__(self, *, enable_timing: bool) -> None:
         assert enable_timing
 
     def record(self) -> None:
-        Event.number += 1
-        self.at = Event.number
+        self.at = Event.now
 
     def query(self) -> bool:
-        return Event.ended
+        return self.at <= Event.reached
 
     def elapsed_time(self, end: Event) -> float:
-        return 500.0 * (end.at - self.at)
+        return end.at - self.at  # milliseconds
 
 
 def test_runs_on_a_gpu_are_timed_when_they_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     observer = Observer(log=False, metrics=False)
-    for _ in range(2):
+    for milliseconds in (500, 3000):
         with observer.vision_run(1, torch.device("cuda")):
-            pass
-    assert (observer.describe()["vision_runs"], observer.describe()["vision_seconds"]) == (2, 0.0)
-    Event.ended = True
-    assert observer.describe()["vision_seconds"] == 1.0
-    assert observer.describe()["vision_seconds"] == 1.0
+            Event.now += milliseconds
+    for reached, seconds in ((0, 0.0), (499, 0.0), (500, 0.5), (3499, 0.5), (3500, 3.5)):
+        Event.reached = reached
+        for _ in range(2):
+            described = observer.describe()
+            assert (described["vision_runs"], described["vision_seconds"]) == (2, seconds)
+
+
+SCHEDULERS = """
+import os, sys
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from pevlm_sglang.observe.observer import Observer
+
+def kept():
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return registry.get_sample_value("pevlm_vision_kept_bytes")
+
+observer = Observer(log=False, metrics=True)
+observer.embeddings_kept(100)
+if (other := os.fork()) == 0:
+    observer.embeddings_kept(28)
+    os._exit(0)
+os.waitpid(other, 0)
+both = kept()
+mark_process_dead(other)
+print(both, kept())
+"""
+
+
+def test_kept_bytes_are_those_of_the_schedulers_that_live(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    done = subprocess.run(
+        [sys.executable, "-c", SCHEDULERS],
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["128.0", "100.0"]

@@ -12,6 +12,7 @@ from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.settings.refusals import (
     REFUSALS,
     UnsupportedError,
+    check_model,
     check_server_args,
 )
 
@@ -115,3 +116,34 @@ def test_torch_native_on_a_gpu_is_refused() -> None:
     backend.device = "cuda"
     with pytest.raises(UnsupportedError, match="torch_native on cuda: "):
         attach(backend, Observer(log=False, metrics=False), layers=[], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_arch": "MLA"}, "multi-head latent attention"),
+        ({"is_encoder_decoder": True}, "an encoder-decoder"),
+        ({"window": 4096}, "sliding-window attention"),
+        ({"hf_text_config": SimpleNamespace(use_irope=True)}, r"interleaved rope \(use_irope\)"),
+        ({"is_generation": False}, "no generation"),
+    ],
+)
+def test_models_without_plain_causal_attention(change: dict[str, Any], message: str) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    def runner(window: int | None = None, **changes: Any) -> SimpleNamespace:
+        config = {
+            "attention_arch": "MHA",
+            "is_encoder_decoder": False,
+            "hf_text_config": SimpleNamespace(use_irope=False),
+            "is_generation": True,
+            "model_path": "some/model",
+            **changes,
+        }
+        config["attention_arch"] = AttentionArch[config["attention_arch"]]
+        return SimpleNamespace(model_config=SimpleNamespace(**config), sliding_window_size=window)
+
+    check_model(runner())
+    check_model(runner(window=-1))
+    with pytest.raises(UnsupportedError, match=f"model some/model: has {message}"):
+        check_model(runner(**change))

@@ -106,7 +106,17 @@ def flash_attn_with_kvcache(
         assert descale is None or descale.shape == (len(cache_seqlens), k_cache.shape[2])
     slots = _paged_slots(k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q)
     k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    out, lse = _flash(q, k, v, slots, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+    out, lse = _flash(
+        q,
+        k,
+        v,
+        slots,
+        cu_seqlens_q,
+        max_seqlen_q,
+        softmax_scale,
+        causal,
+        (k_descale, v_descale),
+    )
     return (out, lse) if return_softmax_lse else out
 
 
@@ -143,18 +153,30 @@ def _flash(
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
+    descales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Args:
+    descales: of keys and values, ``[num_seqs, num_kv_heads]``; of narrow products alone.
+    """
     assert q.dtype == k.dtype == v.dtype
+    narrow = q.dtype.itemsize == 1
+    assert narrow or descales == (None, None), "only fp8 has scales"
     assert cu_seqlens_q.dtype == torch.int32
     assert int(cu_seqlens_q[0]) == 0
     assert int(cu_seqlens_q[-1]) == len(q)
     lengths_q = cu_seqlens_q.diff().tolist()
     assert max_seqlen_q >= max(lengths_q), "tiles beyond max_seqlen_q are never computed"
+    if narrow:  # the kernel's result is bfloat16; here what the test computes in
+        q = q.float()
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[1::-1], torch.nan)
-    for rows, own in zip(torch.arange(len(q)).split(lengths_q), keys, strict=True):
+    for i, (rows, own) in enumerate(zip(torch.arange(len(q)).split(lengths_q), keys, strict=True)):
         mask = _bottom_right_causal(len(rows), len(own), causal)
+        keys_of, values_of = (
+            stored[own] if descale is None else stored[own].float() * descale[i][:, None]
+            for stored, descale in zip((k, v), descales, strict=True)
+        )
         out[rows], lse[:, rows] = masked_attention_lse(
-            q[rows], k[own], v[own], mask, softmax_scale=softmax_scale
+            q[rows], keys_of, values_of, mask, softmax_scale=softmax_scale
         )
     return out, lse
 
@@ -190,6 +212,9 @@ class PagedPrefillWrapper:
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
+        *,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype | None = None,
         **_unused: Any,
     ) -> None:
         assert page_size == 1
@@ -199,6 +224,8 @@ class PagedPrefillWrapper:
             assert tensor.dtype == torch.int32
         self.plan = (qo_indptr.tolist(), kv_indptr.tolist(), kv_indices.long())
         self.heads = (num_qo_heads, num_kv_heads, head_dim)
+        # The kernel is compiled for these, and reads whatever comes as such.
+        self.dtypes = (q_data_type, kv_data_type or q_data_type)
 
     def forward(
         self,
@@ -207,9 +234,13 @@ class PagedPrefillWrapper:
         *,
         causal: bool,
         sm_scale: float,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
         k_cache, v_cache = kv_cache
+        assert (q.dtype, k_cache.dtype) == self.dtypes, "planned for other types"
+        assert v_cache.dtype == k_cache.dtype
         assert (q.shape[1], k_cache.shape[-2], q.shape[2]) == self.heads
         q_at, k_at, indices = self.plan
         assert q_at[-1] == len(q)
@@ -218,7 +249,12 @@ class PagedPrefillWrapper:
             rows, slots = slice(q_at[i], q_at[i + 1]), indices[k_at[i] : k_at[i + 1]]
             mask = _bottom_right_causal(q_at[i + 1] - q_at[i], len(slots), causal)
             out[rows], _ = masked_attention_lse(
-                q[rows], k_cache[slots], v_cache[slots], mask, softmax_scale=sm_scale
+                q[rows],
+                k_cache[slots],
+                v_cache[slots],
+                mask,
+                softmax_scale=sm_scale * (1 if k_scale is None else k_scale),
+                v_scale=1 if v_scale is None else v_scale,
             )
         return out
 

@@ -22,10 +22,9 @@ from pevlm_sglang.families.spans import SpanRule, leave_labels
 from pevlm_sglang.layout import FrameSpans
 from support.families import internvl as reference
 from support.families.internvl import IMAGE, VIDEO
-from support.families.internvl_model import CONTEXT, make_tiny_model
+from support.families.internvl_model import CONTEXT
 from support.families.internvl_upstream import processor
 from support.golden import describe
-from support.video import write_video
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "internvl.txt"
 RULE = SpanRule(family, 1)
@@ -34,29 +33,10 @@ Clip = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("internvl"))
-
-
-@pytest.fixture(scope="module")
 def tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    """A path, by size and seed."""
-    directory = tmp_path_factory.mktemp("clips")
-
-    def write(width: int = 96, height: int = 64, seed: int = 0, seconds: float = 3) -> str:
-        path = directory / f"{width}-{height}-{seed}-{seconds}.mp4"
-        if not path.exists():
-            write_video(path, seconds=seconds, size=(width, height), seed=seed)
-        return str(path)
-
-    return write
 
 
 def scheduled(output: Any, *, corrected: bool = True) -> tuple[Any, list[int]]:
@@ -297,3 +277,27 @@ def test_default_shrinks_to_the_context(
         assert "in place of 32 each" in caplog.text
         with pytest.raises(ValueError, match="what the context holds"):
             process(f"{VIDEO}What?", [{"url": clip(), "max_frames": 32}])
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("text", ["", "word " * 200])
+def test_default_fills_the_context(
+    model: Path, clip: Clip, text: str, images: int, tiles: int
+) -> None:
+    """As many frames as fit beside the text, the images and the answer, and no fewer."""
+    picture, few = Image.new("RGB", (1344, 448)), 9
+    prompt = f"{IMAGE * images}{text}{VIDEO}"
+    with processor(model, pixels=False) as process:
+        process.sglang.VIDEO_MAX_NUM = tiles
+        asked = {"url": clip(192, 64), "max_frames": few}
+        output = process(prompt, [asked], [picture] * images)
+        first, second = (start for start, _ in output.mm_items[-1].offsets[:2])
+        # Each frame is counted with a label of two digits, and the placeholders as text.
+        spare = few + 30
+        limit = len(output.input_ids) + process.sglang.CONTEXT_RESERVED + spare
+        process.sglang.max_context_len = limit
+        output = process(prompt, [asked["url"]], [picture] * images)
+        taken = len(output.input_ids) + process.sglang.CONTEXT_RESERVED
+    assert taken <= limit < taken + (second - first) + spare
+    assert len(output.mm_items[-1].offsets) >= few

@@ -92,6 +92,28 @@ def process(directory: Path) -> Iterator[Callable[..., Any]]:
         yield run
 
 
+BACKEND = "image_processor_backend"
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "pil", "torchvision"])
+def test_pil_resizes_where_nobody_says_otherwise(
+    directory: Path, tmp_path: Path, asked: str | None
+) -> None:
+    from sglang.srt.utils.hf_transformers_utils import get_processor
+
+    from pevlm_sglang.families.llava_video.checkpoint import load_processor
+
+    found = load_processor(
+        get_processor, str(directory), model_name=str(directory), **{BACKEND: asked}
+    )
+    is_pil = type(found.image_processor).__name__.endswith("Pil")
+    assert is_pil == (asked != "torchvision")
+    # A checkpoint with processor files: SGLang loads it, and would take auto as it likes.
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    given = load_processor(lambda path, **options: options, str(tmp_path), **{BACKEND: asked})
+    assert given[BACKEND] == ("torchvision" if asked == "torchvision" else "pil")
+
+
 def check_ids_and_pixels(out: Any, inputs: Any, pixels: list[torch.Tensor]) -> None:
     assert out.input_ids == inputs["input_ids"][0].tolist()
     for found, expected in zip(out.mm_items, pixels, strict=True):
@@ -134,7 +156,11 @@ def test_tokens_instead_of_text(process: Any, clip: Any) -> None:
     assert out.mm_items[0].offsets == [(1, 24)]
 
 
-@pytest.mark.parametrize("size", [(112, 84), (60, 200), (70, 70), (420, 371)])
+@pytest.mark.parametrize(
+    "size",
+    # The last two become 1.06 and 1.15 times as many features a side as nine tiles have.
+    [(112, 84), (60, 200), (70, 70), (420, 371), (210, 238), (210, 280)],
+)
 def test_picture_alone(process: Any, oracle: LlavaVideoOracle, size: tuple[int, int]) -> None:
     image = picture(*size)
     out = process("<image>What?", images=[image], modalities=["image"])

@@ -199,6 +199,26 @@ def test_environment_bounds_the_pixels(
     output = start("qwen2_5_vl", video=FEW)(PROMPT, [str(video)])
     settings = {**FEW, "total_pixels": 100_000}
     assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, settings)], PROMPT))
+    settings = {**FEW, "total_pixels": 70_000}  # the flag says more than the environment
+    output = start("qwen2_5_vl", video=settings)(PROMPT, [str(video)])
+    assert_same(output, reference(models["qwen2_5_vl"], "qwen2_5_vl", [(video, settings)], PROMPT))
+
+
+def test_metadata_of_a_video(clip: Callable[..., Path]) -> None:
+    """As transformers' ``VideoMetadata`` has it: the duration in seconds, of the whole file."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    from pevlm_sglang.families.qwen_vl.video import sample
+
+    geometry = PUBLISHED["qwen2_5_vl"]
+    video = VideoDecoderWrapper(str(clip(37, (202, 114), 7.5)))
+    assert sample(video, geometry, geometry.settings({"nframes": 4})).metadata == {
+        "fps": 7.5,
+        "duration": pytest.approx(37 / 7.5),
+        "total_num_frames": 37,
+        "frames_indices": [0, 12, 24, 36],
+        "video_backend": "torchcodec",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
