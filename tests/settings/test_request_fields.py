@@ -37,9 +37,6 @@ VOCABULARY = 100
         ({"text": None, "input_ids": [[1], [100]]}, "from 0 to 99, got 100"),
         ({"text": ["a", "b"], "video_data": ["c"]}, "an entry for each of 2 prompts, got 1"),
         ({"text": ["a"], "sampling_params": [{"n": 0.5}]}, "n: Expected `int`"),
-        ({"video_config": {"fps": 1}}, "video_config: expected nothing; no model that PEVLM"),
-        ({"mm_processor_kwargs": {"fps": 1}}, "mm_processor_kwargs: expected nothing"),
-        ({"use_audio_in_video": True}, "use_audio_in_video: expected nothing"),
     ],
 )
 def test_refused(fields: dict[str, Any], reason: str) -> None:
@@ -52,7 +49,6 @@ def test_refused(fields: dict[str, Any], reason: str) -> None:
     "fields",
     [
         {},
-        {"video_config": {"_question": "SGLang's own"}, "use_audio_in_video": False},
         {"sampling_params": {"temperature": 0, "n": 2, "stop": ["a"], "stop_token_ids": [1]}},
         {"sampling_params": {"max_new_tokens": None, "custom_params": {"pevlm": {"a": 1}}}},
         {"session_params": {"id": "a", "rid": None, "offset": -1, "replace": True}},

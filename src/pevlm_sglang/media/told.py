@@ -10,7 +10,10 @@ import reprlib
 from typing import Any
 
 _TILES = "max_dynamic_patch"
-_UNREAD = ("audio_data", "min_dynamic_patch", "images_config", "mm_processor_kwargs")
+_UNREAD = (
+    *("audio_data", "min_dynamic_patch", "images_config", "mm_processor_kwargs"),
+    "use_audio_in_video",
+)
 _KINDS = (None, "image", "multi-images", "video")
 _SIDE = "max_long_side_pixel"
 
@@ -25,7 +28,7 @@ def check(request: Any) -> None:
         ValueError: names the field, what was expected and what came.
     """
     for name in _UNREAD:
-        if (value := getattr(request, name, None)) not in (None, [], {}):
+        if (value := getattr(request, name, None)) not in (None, False, [], {}):
             raise _error(name, "none, this model's processor does not read it", value)
     config = getattr(request, "video_config", None)
     # SGLang's chat endpoint adds "_question", for a model that PEVLM does not serve.

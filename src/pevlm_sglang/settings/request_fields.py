@@ -21,8 +21,6 @@ _ONE_VALUE = (
     *("custom_logit_processor", "extra_key", "cache_salt"),
     *("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"),
 )
-_NOT_READ = ("video_config", "mm_processor_kwargs", "use_audio_in_video")
-"""What other models read of how a video is sampled and heard."""
 _CHECKED_ELSEWHERE = ("custom_params", "watermark")
 
 
@@ -55,9 +53,6 @@ def check(request: Any, vocabulary: int) -> None:
     for value in _each(request.positional_embed_overrides):
         if not isinstance(value, PositionalEmbeds):
             raise _error("positional_embed_overrides", "SGLang's PositionalEmbeds", value)
-    for name in _NOT_READ:
-        if value := _own(getattr(request, name, None)):
-            raise _error(name, "nothing; no model that PEVLM serves reads it", value)
     for value in _each(request.top_logprobs_num):
         if not 0 <= value <= vocabulary:
             raise _error("top_logprobs_num", f"0 to {vocabulary}", value)
@@ -70,13 +65,6 @@ def check(request: Any, vocabulary: int) -> None:
         if len(prompt) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
             out = min(prompt) if min(prompt) < 0 else max(prompt)
             raise _error("input_ids", f"token ids from 0 to {vocabulary - 1}", out)
-
-
-def _own(value: Any) -> Any:
-    """Without what SGLang itself adds, whose names begin with an underscore."""
-    if isinstance(value, Mapping):
-        return {name: said for name, said in value.items() if not str(name).startswith("_")}
-    return value
 
 
 def _each(values: Any) -> Iterable[Any]:
