@@ -132,9 +132,8 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         """
         self._prompt_limit = max_req_input_len
         told.check(request)
-        for name in ("image_data", "video_data"):
-            for medium in getattr(request, name, None) or ():
-                check_processed(medium)
+        for image in getattr(request, "image_data", None) or ():
+            check_processed(image)  # a video so is none, see ``wishes``
         for kind in ("image", "video"):
             self.most_tiles(request, kind)
 

@@ -230,7 +230,7 @@ def test_placeholders_that_do_not_fit(
 
 
 def test_features_in_place_of_media(process: Callable[..., Any]) -> None:
-    item = {"format": "precomputed_embedding", "feature": torch.zeros(1)}
+    item = {"format": "precomputed_embedding", "feature": torch.zeros(1, 4)}
     with pytest.raises(ValueError, match="processed already"):
         process(VIDEO, [item])
     with pytest.raises(ValueError, match="image_data: expected a file, URL or bytes, got a dict"):

@@ -106,7 +106,9 @@ async def _answer(
     processor: Any, tower: Any, request: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     asked = SimpleNamespace(video_data=request["videos"], audio_data=None, rid="0")
-    output = await processor.process_mm_data_async(request["images"], request["text"], asked)
+    output = await processor.process_mm_data_async(
+        image_data=request["images"], input_text=request["text"], request_obj=asked
+    )
     answer = {
         "input_ids": torch.tensor(output.input_ids),
         "positions": output.mrope_positions,
