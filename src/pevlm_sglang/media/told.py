@@ -10,10 +10,7 @@ import reprlib
 from typing import Any
 
 _TILES = "max_dynamic_patch"
-_UNREAD = (
-    *("audio_data", "min_dynamic_patch", "images_config", "mm_processor_kwargs"),
-    "use_audio_in_video",
-)
+_UNREAD = ("audio_data", "min_dynamic_patch", "images_config", "mm_processor_kwargs")
 _KINDS = (None, "image", "multi-images", "video")
 _SIDE = "max_long_side_pixel"
 
@@ -28,8 +25,10 @@ def check(request: Any) -> None:
         ValueError: names the field, what was expected and what came.
     """
     for name in _UNREAD:
-        if (value := getattr(request, name, None)) not in (None, False, [], {}):
+        if (value := getattr(request, name, None)) not in (None, [], {}):
             raise _error(name, "none, this model's processor does not read it", value)
+    if sound := getattr(request, "use_audio_in_video", False):
+        raise _error("use_audio_in_video", "none, no model here hears", sound)
     config = getattr(request, "video_config", None)
     # SGLang's chat endpoint adds "_question", for a model that PEVLM does not serve.
     if config is not None and (not isinstance(config, dict) or {*config} - {"_question"}):
