@@ -86,7 +86,7 @@ def test_broken_video(
         ({"max_pixels": 10**9}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_image_tokens": 64}, "video max_image_tokens: expected one of fps, max_frames"),
         ({"max_tokens_per_frame": 64}, "video max_tokens_per_frame: expected one of fps"),
-        ({"max_dynamic_patch": 2}, "video max_dynamic_patch: expected one of fps"),
+        ({"max_dynamic_patch": 2}, "max_dynamic_patch: expected none, this model cuts no picture"),
         ({"min_dynamic_patch": 2}, "min_dynamic_patch"),
         ({"max_long_side_pixel": 64}, "max_long_side_pixel"),
     ],
@@ -269,7 +269,8 @@ def test_longer_than_the_context(
 ) -> None:
     status, answer = ask(_video(video_data_url(clip(200))))
     assert status == 400
-    assert "longer than the model's context length (2048 tokens)" in answer
+    assert "videos and images: expected fewer than 2" in answer
+    assert "ask for fewer frames or pixels" in answer
 
 
 def test_a_hundred_videos(ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]) -> None:
