@@ -14,7 +14,7 @@ from pevlm_sglang import seams
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.refused import REASONS
 from pevlm_sglang.families.registry import FAMILIES
-from pevlm_sglang.settings.refusals import REFUSALS
+from pevlm_sglang.settings.refusals import REFUSALS, SWITCHES
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -60,6 +60,17 @@ def refused_options() -> str:
     )
 
 
+def refused_switches() -> str:
+    """SGLang's environment variables that are refused at start."""
+    return _table(
+        ("variable", "expected", "because"),
+        (
+            (f"`{switch.name}`", ", ".join(map(_value, switch.unless)), switch.reason)
+            for switch in SWITCHES
+        ),
+    )
+
+
 def refused_models() -> str:
     """Architectures that are refused by name."""
     reasons = sorted(set(REASONS.values()))
@@ -92,6 +103,7 @@ def versions() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "support table": support,
     "refused options": refused_options,
+    "refused switches": refused_switches,
     "refused models": refused_models,
     "versions": versions,
 }

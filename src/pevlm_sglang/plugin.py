@@ -213,6 +213,7 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
             "controller cannot say whether its schedulers run PEVLM. Install sglang>=0.5.23"
         )
     refusals.check_server_args(resolved, config)
+    refusals.check_environment()
     registry.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     server_args._pevlm_architectures = list(hf_config.architectures)
     registry.offer_chat_template(registry.family_of(hf_config.architectures), resolved.model_path)
@@ -316,9 +317,8 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
         install(architecture)
     embeddings.install(holder)
     corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
-    if hybrid:  # the wrapper does not pass these on, and SGLang asks the wrapper
-        for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
-            setattr(backend, veto, getattr(prefill_backend, veto))
+    if hybrid:
+        pass_on_vetoes(backend)
     _Process.serving = _Serving(
         config,
         rule,
@@ -351,6 +351,12 @@ def _after_forward_batch(_result: Any, _cls: type, batch: Any, *args: Any, **kwa
     """Just before its forward. SGLang puts the decode rows of a mixed batch last."""
     if (serving := _Process.serving) is not None:
         serving.observer.decode_rows = len(getattr(batch, "decoding_reqs", None) or ())
+
+
+def pass_on_vetoes(hybrid: Any) -> None:
+    """SGLang asks its wrapper of two backends, which does not ask the one of prefill."""
+    for veto in ("can_run_prefill_cuda_graph", "vote_prefill_cuda_graph"):
+        setattr(hybrid, veto, getattr(hybrid.prefill_backend, veto))
 
 
 @_hook("sglang.srt.managers.schedule_batch.Req.__init__", "sampling_params", "extra_key", "session")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import build
 from test_oracle import Prompt, Video, blocks, prompts, sinks, visible_keys, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +23,7 @@ from pevlm_sglang.attention.plan import (
     virtual_sequences,
 )
 from pevlm_sglang.layout import Layout, Piece
-from pevlm_sglang.observe.observer import TEXT, RequestLayout
+from pevlm_sglang.observe.observer import TEXT
 
 GENERATED = 4
 
@@ -292,20 +291,3 @@ def test_a_multimodal_request_without_a_layout_stops_the_server() -> None:
         read_batch(batch)
     batch.mm_inputs = [None]
     assert read_batch(batch) == ([TEXT], [0], [5])
-
-
-def test_a_batch_is_sparse_from_its_first_sparse_token_on() -> None:
-    from pevlm_sglang.attention.backend import PrefillBatch
-
-    prompt = write(1, Video((3,) * 4), 7)  # sink [0, 4), blocks [4, 7), [7, 10), [10, 13)
-    request = RequestLayout(build(prompt, 1, 1), None)
-    assert request.layout.first_sparse == 7
-    for rows, sparse in (
-        ([(request, 0, 7)], False),
-        ([(request, 0, 8)], True),
-        ([(request, 7, 1)], True),
-        ([(TEXT, 0, 50), (request, 3, 4)], False),
-        ([(TEXT, 0, 50), (request, 3, 5)], True),
-    ):
-        batch = PrefillBatch(*(list(column) for column in zip(*rows, strict=True)))
-        assert batch.may_be_sparse == sparse

@@ -11,7 +11,9 @@ import torch
 from pevlm_sglang.settings.config import PevlmConfig
 from pevlm_sglang.settings.refusals import (
     REFUSALS,
+    SWITCHES,
     UnsupportedError,
+    check_environment,
     check_model,
     check_server_args,
 )
@@ -78,6 +80,35 @@ def test_refused_options(option: str, value: Any) -> None:
 def test_every_refusal_has_a_case() -> None:
     cases = test_refused_options.pytestmark[0].args[1]
     assert {option for option, _ in cases} == {refusal.option for refusal in REFUSALS}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("SGLANG_RUST_SERVER", "1", "True"),
+        ("SGLANG_USE_HND_KVCACHE", "true", "True"),
+        ("SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR", "0.5", "0.5"),
+    ],
+)
+def test_refused_environment(
+    name: str, value: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sglang")
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UnsupportedError, match=rf"^{name}: expected .*, got {shown}; .*Unset {name}, or serve"
+    ):
+        check_environment()
+
+
+def test_every_switch_has_a_case_and_is_sglangs() -> None:
+    from sglang.srt.environ import envs
+
+    cases = test_refused_environment.pytestmark[0].args[1]
+    assert [name for name, *_ in cases] == [switch.name for switch in SWITCHES]
+    for switch in SWITCHES:
+        assert getattr(envs, switch.name).get() in switch.unless
 
 
 @pytest.mark.parametrize("base", ["triton", "fa4", "trtllm_mha", None])

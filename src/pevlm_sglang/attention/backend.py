@@ -35,12 +35,17 @@ class PrefillBatch(NamedTuple):
     extend_lens: list[int]
 
     @property
-    def may_be_sparse(self) -> bool:
-        """Whether a request goes beyond its first sparse token. False is certain: all dense."""
-        return any(
+    def sparse_sequences(self) -> list[VirtualSequence]:
+        """The virtual sequences; none where all of them are full causal attention, as text is, and
+        what stands behind a video."""
+        if not any(
             r.layout.first_sparse is not None and p + n > r.layout.first_sparse
             for r, p, n in zip(*self, strict=True)
-        )
+        ):
+            return []
+        layouts = [request.layout for request in self.requests]
+        sequences = virtual_sequences(layouts, self.prefix_lens, self.extend_lens)
+        return [] if all(sequence.piece.is_full for sequence in sequences) else sequences
 
 
 def read_batch(forward_batch: Any) -> PrefillBatch | None:
@@ -110,9 +115,7 @@ class PevlmBackend(AttentionBackend):
         batch = read_batch(forward_batch)
         if batch is None:
             return
-        layouts = [request.layout for request in batch.requests]
-        sequences = virtual_sequences(layouts, *batch[1:]) if batch.may_be_sparse else []
-        if all(sequence.piece.is_full for sequence in sequences):
+        if not (sequences := batch.sparse_sequences):
             self.pevlm_observer.dense_batch(*batch)
             return
         self.pevlm_plan(sequences, forward_batch)
@@ -202,10 +205,10 @@ class PevlmBackend(AttentionBackend):
         """SGLang's veto on a prefill CUDA graph: a graph of kind FULL has full attention baked in,
         so a batch with LOCAL tokens runs eagerly."""
         batch = read_batch(forward_batch)
-        return batch is None or not batch.may_be_sparse
+        return batch is None or not batch.sparse_sequences
 
     def vote_prefill_cuda_graph(self, batch: Any) -> bool:
-        """The same veto at schedule time, for data-parallel attention: no prompt with LOCAL tokens
-        in SGLang's ``ScheduleBatch``."""
-        layouts = (getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs)
-        return all(request.dense_reason is not None for request in layouts)
+        """The same veto at schedule time, for data-parallel attention, of SGLang's
+        ``ScheduleBatch``."""
+        requests = [getattr(req.multimodal_inputs, "pevlm", TEXT) for req in batch.reqs]
+        return not PrefillBatch(requests, batch.prefix_lens, batch.extend_lens).sparse_sequences

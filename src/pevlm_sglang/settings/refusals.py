@@ -25,6 +25,7 @@ _ENCODER = "plugins are not loaded in the encoder server, which has the vision t
 _LAUNCHER = "its launcher does not check that schedulers report PEVLM active"
 _MODELS = "its models and processors are others than those that PEVLM was made for"
 _WORKERS = "plugins are not loaded in its worker processes, where videos are sampled and resized"
+_CACHE = "its keys and values are not read token by token"
 _MEMORY = "cache slots are not token-granular there"
 
 # Options that a release lacks are passed over: there is nothing to refuse.
@@ -53,9 +54,47 @@ REFUSALS = (
     Refusal(
         "kv_cache_dtype",
         ("auto", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2"),
-        "its keys and values are not read token by token",
+        _CACHE,
     ),
 )
+
+
+class Switch(NamedTuple):
+    """An environment variable of SGLang's that makes another server, and why PEVLM does not work
+    with it."""
+
+    name: str
+    unless: tuple[Any, ...]
+    reason: str
+
+
+# Those that a release lacks are passed over. Source: sglang/srt/environ.py.
+SWITCHES = (
+    Switch("SGLANG_RUST_SERVER", (False,), "its server prepares media in processes of its own"),
+    Switch("SGLANG_USE_HND_KVCACHE", (False,), _CACHE),
+    Switch(
+        "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR",
+        (None,),
+        "PEVLM leaves out what its mask leaves out, and no small scores",
+    ),
+)
+
+
+def check_environment() -> None:
+    """Refuse environment variables that PEVLM does not work with.
+
+    Raises:
+        UnsupportedError: names the variable, what was expected, what came, and why.
+    """
+    from sglang.srt.environ import envs
+
+    for switch in SWITCHES:
+        value = getattr(envs, switch.name).get() if hasattr(envs, switch.name) else None
+        if value is not None and value not in switch.unless:
+            raise UnsupportedError(
+                f"{switch.name}: expected {' or '.join(map(str, switch.unless))}, got {value}; "
+                f"{switch.reason}. Unset {switch.name}, or serve without --attention-backend pevlm"
+            )
 
 
 DETERMINISTIC_BASES = ("fa3", "flashinfer")
