@@ -291,8 +291,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
 
     if missing := [target for target in _HOOKS if target not in HookRegistry._patched]:
         _stop(f"SGLang did not apply the hooks on {', '.join(missing)}; see the log above")
-    parallel = get_parallel()
-    first_rank = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0  # of a replica
+    first_rank = is_first_rank(get_parallel())
     observer = Observer(
         log=first_rank, metrics=first_rank and model_runner.server_args.enable_metrics
     )
@@ -351,6 +350,11 @@ def _after_forward_batch(_result: Any, _cls: type, batch: Any, *args: Any, **kwa
     """Just before its forward. SGLang puts the decode rows of a mixed batch last."""
     if (serving := _Process.serving) is not None:
         serving.observer.decode_rows = len(getattr(batch, "decoding_reqs", None) or ())
+
+
+def is_first_rank(parallel: Any) -> bool:
+    """Whether this is the one rank of its replica that logs and counts."""
+    return bool(parallel.attn_tp_rank == 0 and parallel.pp_rank == 0)
 
 
 def pass_on_vetoes(hybrid: Any) -> None:
