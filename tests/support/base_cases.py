@@ -113,6 +113,8 @@ def sparse_cases(base: str, kernel: str) -> Any:
             assert fixture.backend.pevlm_observer.totals.sparse_forwards == 1
             actual = _forward(fixture)
             yield _error(actual, _expected_sparse(fixture, layouts))
+            # Its CUDA graphs for decode are made of pages of the pool's size.
+            assert getattr(fixture.backend, "page_size", page_size) == page_size
             # The next forward is dense again: nothing of the plan may stay behind.
             fixture.forward_batch.mm_inputs = None
             actual = _kit().run_dense_fixture_eager(fixture)
