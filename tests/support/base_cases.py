@@ -27,6 +27,7 @@ from pevlm_sglang.observe.observer import Observer, RequestLayout
 from support import emulated_kernels
 
 HEAD_DIM = 32
+MAX_LENGTH = 160  # more queries than any kernel's tile has
 NARROW = torch.float8_e5m2
 K_SCALE, V_SCALE = 0.37, 2.3
 TOLERANCE = 2e-5  # fp32, a hidden size of 64
@@ -89,7 +90,7 @@ def sparse_cases(base: str, kernel: str) -> Any:
         ([wide], (0,), (50,)),
         ([wide], (20,), (30,)),  # the prefix ends inside a block, and inside a frame
         ([wide, text, no_sink], (13, 9, 30), (21, 4, 17)),
-        ([text, wide, text], (40, 0, 0), (1, 25, 7)),  # a decode row in front
+        ([text, wide, text], (40, 0, 0), (1, 25, 140)),  # a decode row in front, a text of two tiles
         ([no_sink], (46, ), (3,)),  # a last token of a block, then the question
     ]  # fmt: skip
     for kv_heads, page_size in ((2, 1), (1, 16)):
@@ -262,6 +263,7 @@ def _fixture(case: Any, kernel: str = "auto") -> Any:
         case,
         head_dim=HEAD_DIM,
         hidden_size=64,
+        max_context_len=MAX_LENGTH,
         dtype=torch.float32,
         device="cpu",
         loc_layout="shuffled_pages",
