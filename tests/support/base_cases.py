@@ -90,7 +90,7 @@ def sparse_cases(base: str, kernel: str) -> Any:
         ([wide], (0,), (50,)),
         ([wide], (20,), (30,)),  # the prefix ends inside a block, and inside a frame
         ([wide, text, no_sink], (13, 9, 30), (21, 4, 17)),
-        ([text, wide, text], (40, 0, 0), (1, 25, 140)),  # a decode row in front, a text of two tiles
+        ([text, wide, text], (40, 0, 0), (1, 25, 140)),  # a decode row, two tiles of text
         ([no_sink], (46, ), (3,)),  # a last token of a block, then the question
     ]  # fmt: skip
     for kv_heads, page_size in ((2, 1), (1, 16)):
