@@ -27,6 +27,7 @@ from pevlm_sglang.observe.observer import Observer, RequestLayout
 from support import emulated_kernels
 
 HEAD_DIM = 32
+MAX_LENGTH = 160  # more queries than any kernel's tile has
 NARROW = torch.float8_e5m2
 K_SCALE, V_SCALE = 0.37, 2.3
 TOLERANCE = 2e-5  # fp32, a hidden size of 64
@@ -89,7 +90,7 @@ def sparse_cases(base: str, kernel: str) -> Any:
         ([wide], (0,), (50,)),
         ([wide], (20,), (30,)),  # the prefix ends inside a block, and inside a frame
         ([wide, text, no_sink], (13, 9, 30), (21, 4, 17)),
-        ([text, wide, text], (40, 0, 0), (1, 25, 7)),  # a decode row in front
+        ([text, wide, text], (40, 0, 0), (1, 25, 140)),  # a decode row, two tiles of text
         ([no_sink], (46, ), (3,)),  # a last token of a block, then the question
     ]  # fmt: skip
     for kv_heads, page_size in ((2, 1), (1, 16)):
@@ -113,6 +114,8 @@ def sparse_cases(base: str, kernel: str) -> Any:
             assert fixture.backend.pevlm_observer.totals.sparse_forwards == 1
             actual = _forward(fixture)
             yield _error(actual, _expected_sparse(fixture, layouts))
+            # Its CUDA graphs for decode are made of pages of the pool's size.
+            assert getattr(fixture.backend, "page_size", page_size) == page_size
             # The next forward is dense again: nothing of the plan may stay behind.
             fixture.forward_batch.mm_inputs = None
             actual = _kit().run_dense_fixture_eager(fixture)
@@ -149,7 +152,7 @@ def fp8_cases(base: str, kernel: str) -> Any:
         actual = _forward(fixture)
         # FlashAttention-3's own products are of fp8: SGLang rounds the queries too.
         narrow_queries = (base, kernel) == ("fa3", "base")
-        scaled = backend.pevlm_stores_scaled
+        scaled = base != "torch_native"  # whose own decode reads without scales
 
         def stored(x: torch.Tensor, scale: float, scaled: bool = scaled) -> torch.Tensor:
             factor = scale if scaled else 1.0
@@ -260,6 +263,7 @@ def _fixture(case: Any, kernel: str = "auto") -> Any:
         case,
         head_dim=HEAD_DIM,
         hidden_size=64,
+        max_context_len=MAX_LENGTH,
         dtype=torch.float32,
         device="cpu",
         loc_layout="shuffled_pages",

@@ -9,15 +9,18 @@ changes nothing that can be seen, and must survive.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,9 +28,9 @@ from queue import SimpleQueue
 ROOT = Path(__file__).parents[2]
 LISTS = ROOT / "tests" / "mutants"
 DOCUMENT = ROOT / "docs" / "mutants.md"
-TIMEOUT_S = 600  # of one mutant; one that runs for ever is seen
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "fast")
 GREEN, RED = 0, 1  # exit codes of pytest; any other means that no test has spoken
+TIMED_OUT = -signal.SIGALRM  # one that runs for ever is seen
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,18 @@ def mutants() -> Iterator[Mutant]:
             yield Mutant(path.stem, **{**entry, "tests": tuple(entry["tests"])})
 
 
-def run_tests(root: Path, tests: Sequence[str]) -> int:
-    """Exit code of pytest on a copy of the repository."""
-    folders = (root / "src", root / "kernels", root / "tests" / "cpu_platform")
-    try:
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", *OPTIONS, *tests],
+class Copy:
+    """A copy of the repository, and a process that runs tests in it.
+
+    Args:
+        root: a folder to be made.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = copy_repository(root)
+        folders = (root / "src", root / "kernels", root / "tests" / "cpu_platform")
+        self._pytest = subprocess.Popen(
+            [sys.executable, "-P", root / "tests" / "support" / "warm_pytest.py"],
             cwd=root,
             env={
                 **os.environ,
@@ -84,25 +93,37 @@ def run_tests(root: Path, tests: Sequence[str]) -> int:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
             },
-            capture_output=True,
-            timeout=TIMEOUT_S,
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return RED
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
+    def run_tests(self, tests: Sequence[str]) -> int:
+        """Exit code of pytest."""
+        assert self._pytest.stdin is not None
+        assert self._pytest.stdout is not None
+        self._pytest.stdin.write(json.dumps([*OPTIONS, *tests]) + "\n")
+        self._pytest.stdin.flush()
+        for line in self._pytest.stdout:
+            word, _, code = line.partition(" ")
+            if word == "exit":
+                return int(code)
+        raise RuntimeError("expected an exit code of pytest, but its process has ended")
 
-def result(mutant: Mutant, copies: SimpleQueue[Path]) -> str:
-    """``killed``, ``survived``, or why nothing is known."""
-    root = copies.get()
-    try:
-        before = mutant.apply(root)
-        code = run_tests(root, mutant.tests)
-        (root / mutant.file).write_text(before)
-    finally:
-        copies.put(root)
-    found = {RED: "killed", GREEN: "survived"}.get(code, f"pytest ended with {code}")
-    print(f"{found:9} {mutant.part}: {mutant.name}", flush=True)
-    return found
+    def close(self) -> None:
+        self._pytest.kill()
+        self._pytest.wait()
+
+    def try_out(self, mutant: Mutant) -> str:
+        """``killed``, ``survived``, or why nothing is known."""
+        before = mutant.apply(self.root)
+        code = self.run_tests(mutant.tests)
+        (self.root / mutant.file).write_text(before)
+        words = {RED: "killed", TIMED_OUT: "killed", GREEN: "survived"}
+        found = words.get(code, f"pytest ended with {code}")
+        print(f"{found:9} {mutant.part}: {mutant.name}", flush=True)
+        return found
 
 
 def copy_repository(to: Path) -> Path:
@@ -177,16 +198,25 @@ def main() -> int:
         for mutant in mutants()
         if not options.words or any(w in f"{mutant.part}: {mutant.name}" for w in options.words)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        copies: SimpleQueue[Path] = SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_copies:
+        copies: SimpleQueue[Copy] = SimpleQueue()
         for number in range(options.jobs):
-            copies.put(first := copy_repository(Path(folder, str(number))))
+            copies.put(copy := Copy(Path(folder, str(number))))
+            open_copies.callback(copy.close)
         tests = sorted({test for mutant in chosen for test in mutant.tests})
-        if run_tests(first, tests) != GREEN:
+        if copy.run_tests(tests) != GREEN:
             print("expected green tests without a mutant, got red; run them:", *tests)
             return 1
+
+        def result(mutant: Mutant) -> str:
+            own = copies.get()
+            try:
+                return own.try_out(mutant)
+            finally:
+                copies.put(own)
+
         with ThreadPoolExecutor(options.jobs) as pool:
-            found = list(pool.map(lambda mutant: result(mutant, copies), chosen))
+            found = list(pool.map(result, chosen))
     results = dict(zip(chosen, found, strict=True))
     wrong = [m for m in chosen if results[m] != ("survived" if m.harmless else "killed")]
     for mutant in wrong:
