@@ -18,7 +18,7 @@ of the repeats, the one with the fewest seconds. Other work on the machine blurs
 No figure without a green gate: ``float32``'s patches must equal qwen-vl-utils' to the bit, and
 ``pevlm``'s those with transformers' own resize in its place, on the same file.
 
-{sample}
+Figures: benchmarks/results/media-cpu.json, in tables docs/performance.md.
 """
 
 from __future__ import annotations

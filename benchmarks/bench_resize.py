@@ -13,7 +13,21 @@ three times as large and resized to the size that it was trained on, once by eac
 of the vision tower's features, largest distance of log-probs behind the same prompt, and how many
 questions are answered right, under full attention and under PEVLM's mask with 16 and 16 frames.
 
-{sample}
+Sample output (2 cores that others used too):
+
+    AMD EPYC, cores 2, threads 1, load 2.7
+    bikes.mp4, 640 x 272: 12.1 % differ, 0.0002 % by more than one, at most 3; a frame uint8
+      0.22 ms, float32 6.04 ms
+    bigbuckbunny.mp4, 1280 x 720: 13.8 % differ, 0.0002 % by more than one, at most 3; a frame
+      uint8 0.64 ms, float32 9.65 ms
+    carphone_pristine.mp4, 176 x 144: 15.6 % differ, 0.0072 % by more than one, at most 9; a
+      frame uint8 0.14 ms, float32 4.19 ms
+    carphone_distorted.mp4, 176 x 144: 12.4 % differ, 0.0063 % by more than one, at most 10; a
+      frame uint8 0.14 ms, float32 6.40 ms
+    200 videos, 3351 questions: features 7.76e-04 apart, log-probs at most 1.089; 2 answers
+      under PEVLM change
+         uint8: full 98.15 %, pevlm 95.40 %
+       float32: full 98.15 %, pevlm 95.46 %
 """
 
 from __future__ import annotations

@@ -223,7 +223,8 @@ def test_fault_ends_the_reading(reader: Reader, fault: str) -> None:
 
 
 def test_other_threads_of_pytorch_stay_as_many() -> None:
-    before = torch.get_num_threads()
+    was, before = torch.get_num_threads(), 3
+    torch.set_num_threads(before)
     seen: list[int] = []
     reader = Reader(2)
     asyncio.run(reader.run(lambda: seen.append(torch.get_num_threads())))
@@ -233,6 +234,7 @@ def test_other_threads_of_pytorch_stay_as_many() -> None:
     reader.shutdown()
     assert seen == [1, before]
     assert torch.get_num_threads() == before
+    torch.set_num_threads(was)
 
 
 # --- Real files ------------------------------------------------------------------------------

@@ -253,6 +253,7 @@ def _one_torch_thread_each(pool: ThreadPoolExecutor, threads: int) -> None:
     before, all_started = torch.get_num_threads(), Barrier(threads)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first call takes over the number of all
         torch.set_num_threads(1)
         all_started.wait()
 
