@@ -195,6 +195,64 @@ def test_other_arrays_are_another_video(process: Any, frames: Any) -> None:
     assert len(known) == 2
 
 
+def known(process: Any, *videos: Any) -> int:
+    """How many videos these are to SGLang's caches."""
+    return len({process([video]).mm_items[0].hash for video in videos})
+
+
+def test_another_file_is_another_video(process: Any, clip: Path, tmp_path: Path) -> None:
+    other = write_video(tmp_path / "other.mp4", seconds=FRAMES / 2, fps=2, size=(112, 84), seed=2)
+    assert known(process, str(clip), str(other)) == 2
+
+
+def test_other_frames_are_another_video(process: Any, family: str, tmp_path: Path) -> None:
+    long = str(write_video(tmp_path / "long.mp4", seconds=FRAMES, fps=2, size=(112, 84), seed=1))
+    fixed = family in ("llava_video", "longvila")  # as many frames, by another rule
+    wish = {"fps": 1} if fixed else {"max_frames": FRAMES - 2}
+    other = {"url": long, **wish}
+    if fixed:
+        shapes = {tuple(process([video]).mm_items[0].feature.shape) for video in (long, other)}
+        assert len(shapes) == 1
+    assert known(process, long, other) == 2
+
+
+def test_what_is_made_otherwise_is_another_video(
+    process: Any, family: str, clip: Path, frames: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numeric type, and what else a family's settings change."""
+    processor = process.func.sglang
+    wide = processor._dtype == torch.float32
+    changes: dict[str, Any] = {"_dtype": torch.bfloat16 if wide else torch.float32}
+    if family.startswith("qwen"):
+        changes["_exact"] = not processor._exact
+        assert known(process, *({"url": frames, "fps": rate} for rate in (2, 4))) == 2
+    if family == "internvl":
+        changes["VIDEO_MAX_NUM"] = 6
+    found = {process([str(clip)]).mm_items[0].hash}
+    for name, value in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(processor, name, value)
+            found.add(process([str(clip)]).mm_items[0].hash)
+    assert len(found) == 1 + len(changes)
+
+
+def test_a_file_that_changes_while_it_is_read(
+    process: Any, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clip.read_bytes())
+    reader = process.func.sglang.reader
+    upstream = reader.read
+
+    async def read(*args: Any, **kwargs: Any) -> None:
+        await upstream(*args, **kwargs)
+        path.write_bytes(b"another")
+
+    monkeypatch.setattr(reader, "read", read)
+    with pytest.raises(ValueError, match="expected a file that stays as it is"):
+        process([str(path)])
+
+
 def test_too_many_arrays(process: Any, frames: Any) -> None:
     with pytest.raises(ValueError, match="at most 768 frames in a list, the server's max_frames"):
         process([np.tile(frames[:, :2, :2], (97, 1, 1, 1))])
