@@ -315,7 +315,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if (install := family.load("install_in_scheduler")) is not None:
         install(architecture)
     embeddings.install(holder)
-    corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
+    corrections = (*family.corrected(hf_config), embeddings.EACH_STEP_ONCE)
     if hybrid:
         pass_on_vetoes(backend)
     _Process.serving = _Serving(

@@ -158,7 +158,7 @@ ARRAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check_same(output: Any, expected: Any, *, one_file: bool) -> None:
+def check_same(output: Any, expected: Any) -> None:
     """Tokens, positions, pixels; and by what they are known."""
     assert output.input_ids == expected.input_ids
     positions = (getattr(one, "mrope_positions", None) for one in (output, expected))
@@ -167,16 +167,16 @@ def check_same(output: Any, expected: Any, *, one_file: bool) -> None:
     [item], [theirs] = output.mm_items, expected.mm_items
     assert torch.equal(item.feature, theirs.feature)
     assert item.offsets == theirs.offsets
-    assert (item.hash == theirs.hash) is one_file
+    assert item.hash == theirs.hash
 
 
 @pytest.mark.parametrize("route", ENCODED)
 def test_encoded(process: Any, clip: Path, route: str) -> None:
-    check_same(process([ENCODED[route](clip)]), process([str(clip)]), one_file=True)
+    check_same(process([ENCODED[route](clip)]), process([str(clip)]))
 
 
 def test_http(process: Any, clip: Path, http_url: str) -> None:
-    check_same(process([http_url]), process([str(clip)]), one_file=True)
+    check_same(process([http_url]), process([str(clip)]))
 
 
 @pytest.mark.parametrize("route", ARRAYS)
@@ -187,7 +187,7 @@ def test_arrays(process: Any, family: str, clip: Path, frames: Any, route: str) 
         with pytest.raises(ValueError, match="fps: expected one of max_frames"):
             process([ARRAYS[route](sampled)])
         return
-    check_same(process([ARRAYS[route](sampled)]), process([str(clip)]), one_file=False)
+    check_same(process([ARRAYS[route](sampled)]), process([str(clip)]))
 
 
 def test_other_arrays_are_another_video(process: Any, frames: Any) -> None:
@@ -223,8 +223,7 @@ def test_what_is_made_otherwise_is_another_video(
     processor = process.func.sglang
     wide = processor._dtype == torch.float32
     changes: dict[str, Any] = {"_dtype": torch.bfloat16 if wide else torch.float32}
-    if family.startswith("qwen"):
-        changes["_exact"] = not processor._exact
+    if family == "qwen2_5_vl":  # the rate is in the positions; in Qwen3-VL's text, where it is
         assert known(process, *({"url": frames, "fps": rate} for rate in (2, 4))) == 2
     if family == "internvl":
         changes["VIDEO_MAX_NUM"] = 6
@@ -241,6 +240,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.read_bytes())
+    process.func.sglang.cache.clear()
     reader = process.func.sglang.reader
     upstream = reader.read
 

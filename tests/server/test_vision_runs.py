@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pevlm_sglang.media.embeddings import ONE_RUN
+from pevlm_sglang.media.embeddings import EACH_STEP_ONCE
 from support.exchange import IMAGE, SYSTEM, VIDEO, Exchange, Question, about, user
 from support.oracle import Setting
 
@@ -52,7 +52,7 @@ def test_one_run_in_many_chunks(exchange: Exchange, clip: Clip, setting: Setting
     with Runs(exchange) as seen:
         exchange.check(about(clip(30), setting=setting))
     assert (seen.runs, seen.items, seen.held) == (1, 1, 0)
-    assert ONE_RUN in exchange.server.info()["pevlm"]["vision_corrections"]
+    assert EACH_STEP_ONCE in exchange.server.info()["pevlm"]["vision_corrections"]
 
 
 @small_chunks

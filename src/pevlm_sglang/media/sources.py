@@ -24,6 +24,7 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 from pevlm_sglang.media import limits
 from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
+from pevlm_sglang.media.known import KnownVideo
 
 _FEATURES = ("feature", "precomputed_embeddings", "pixel_values", "pixel_values_videos")
 _EMBEDDINGS = ("precomputed_embedding", "PRECOMPUTED_EMBEDDING")
@@ -109,6 +110,8 @@ class SafeSources:
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, KnownVideo):
+            return data
         limits.limits.check_source(data)
         with reading():
             if modality == Modality.IMAGE:

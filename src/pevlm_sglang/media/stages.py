@@ -24,8 +24,8 @@ STAGES = {
     "decode": "decoding the sampled frames",
     "resize": "resizing frames, in families whose processor does not do it",
     "process": "normalisation, patches, tiles; and the prompt's tokens",
-    "hash": "the digest of the source",
-    "transfer": "the copy to the scheduler",
+    "hash": "digests of the source and of the resized frames",
+    "transfer": "the way to the scheduler; a copy, but for videos",
 }
 
 
@@ -102,6 +102,39 @@ def report(*, metrics: bool) -> None:
             histogram.labels(name).observe(seconds)
         frames.inc(stages.frames)
     _current.set(Stages())  # the next request of a batch
+
+
+def media_cache(kept: int, hit: bool | None) -> None:
+    """What the media cache reports; see :class:`~pevlm_sglang.media.cache.MediaCache`."""
+    if not _metrics_enabled():
+        return
+    size, lookups = _of_the_cache()
+    size.set(kept)
+    if hit is not None:
+        lookups.labels("hit" if hit else "miss").inc()
+
+
+def _metrics_enabled() -> bool:
+    from sglang.srt.runtime_context import get_server_args
+
+    return bool(get_server_args().enable_metrics)
+
+
+@cache
+def _of_the_cache() -> tuple[Any, Any]:
+    from prometheus_client import Counter, Gauge
+
+    size = Gauge(
+        "pevlm_media_cache_bytes",
+        "Pixels that stay prepared for the next question.",
+        multiprocess_mode="livesum",
+    )
+    lookups = Counter(
+        "pevlm_media_cache_lookups_total",
+        "Videos looked up among those that stay prepared.",
+        ["result"],
+    )
+    return size, lookups
 
 
 @cache

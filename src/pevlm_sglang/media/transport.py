@@ -1,6 +1,7 @@
-"""The way of pixels to the scheduler: a copy in shared memory, made in a thread.
+"""The way of pixels to the scheduler: those that are in shared memory already as another name of
+it, others as a copy, made in a thread.
 
-SGLang makes it on the launcher's event loop, where gigabytes stop every stream for a second
+SGLang makes copies on the launcher's event loop, where gigabytes stop every stream for a second
 (sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``).
 """
 
@@ -10,6 +11,9 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import torch
+
+from pevlm_sglang.media import shared
 from pevlm_sglang.media.stages import report, stage
 
 
@@ -23,11 +27,11 @@ async def send(
             shared memory.
         tokenized: the request.
     """
-    from sglang.srt.managers.mm_utils import discard_shm_features, wrap_shm_features
+    from sglang.srt.managers.mm_utils import discard_shm_features
 
     if getattr(tokenized, "mm_inputs", None) is None:
         return await upstream(manager, tokenized)
-    copying = asyncio.ensure_future(asyncio.to_thread(wrap_shm_features, tokenized))
+    copying = asyncio.ensure_future(asyncio.to_thread(_in_shared_memory, tokenized))
     try:
         with stage("transfer"):
             await asyncio.shield(copying)
@@ -37,3 +41,16 @@ async def send(
         await asyncio.wait([copying])
         discard_shm_features(tokenized)
         raise
+
+
+def _in_shared_memory(tokenized: Any) -> None:
+    """SGLang's ``wrap_shm_features``, without a copy of what :mod:`pevlm_sglang.media.shared`
+    holds."""
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.runtime_context import get_serving
+
+    if not mm_utils._get_is_default_transport() and not get_serving().skip_tokenizer_init:
+        for item in tokenized.mm_inputs.mm_items:
+            if isinstance(item.feature, torch.Tensor):
+                item.feature = shared.pointer(item.feature) or item.feature
+    mm_utils.wrap_shm_features(tokenized)

@@ -73,7 +73,11 @@ class PevlmConfig:
         least=64,
         per_request=False,
     )
-
+    media_cache_mb: int = _option(
+        4096,
+        "videos that stay prepared in shared memory for the next question, in MiB; 0 = none",
+        per_request=False,
+    )
     media_paths: str = _option(
         "",
         "directories, with colons between them, below which requests may name files; empty = all "

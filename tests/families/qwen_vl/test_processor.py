@@ -19,6 +19,7 @@ from PIL import Image
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
 from pevlm_sglang.settings.config import VIDEO_RESIZES
+from support.clips import whole
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
 from support.processor import Processor, in_the_scheduler, longest_pause, sglang_processor
 from support.tiny import make_tiny_model
@@ -125,8 +126,7 @@ def pixels(output: Any) -> torch.Tensor:
 
 
 def grids(output: Any) -> list[list[int]]:
-    rows = [item.model_specific_data["video_grid_thw"] for item in output.mm_items]
-    return torch.cat(rows).tolist()
+    return [video.grid for video in whole(output.mm_items)]
 
 
 def assert_same(output: Any, expected: Any) -> None:
@@ -355,21 +355,13 @@ def test_server_that_fixes_the_number_of_frames(start: Start, clip: Callable[...
 
 
 def test_other_wishes_are_another_video_to_the_cache(
-    start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    start: Start, clip: Callable[..., Path]
 ) -> None:
-    """Prefix caching knows a video by its hash."""
-    from sglang.srt.managers.schedule_batch import MultimodalDataItem
-
-    from pevlm_sglang.families.qwen_vl import video_hash
-
-    upstream = MultimodalDataItem.set_pad_value
-    monkeypatch.setattr(MultimodalDataItem, "set_pad_value", upstream)  # restored afterwards
-    video_hash.install()
+    """Prefix caching knows a clip by its hash."""
     processor = start("qwen2_5_vl", video=FEW)
 
     def hashed(**wish: Any) -> int:
         [item] = processor(PROMPT, [{"url": str(clip(24, (112, 84))), **wish}]).mm_items
-        item.set_pad_value()
         return int(item.hash)
 
     wishes: list[dict[str, Any]] = [{}, {"fps": 1}, {"max_frames": 2}, {"max_pixels": 4000}]
