@@ -191,7 +191,7 @@ def test_options_stand_in_serving_with_their_defaults() -> None:
 def test_metrics_and_reasons_are_documented() -> None:
     page = _text("docs/operations.md")
     source = _text("src/pevlm_sglang/observe/observer.py")
-    source += _text("src/pevlm_sglang/media/stages.py").split("def _prometheus")[1]
+    source += _text("src/pevlm_sglang/media/stages.py").split("_of_the_cache() -> ")[1]
     assert set(re.findall(r"`(pevlm_\w+)(?:\{[\w,]+\})?` \|", page)) == set(
         re.findall(r'"(pevlm_\w+)"', source)
     )

@@ -72,7 +72,7 @@ def test_a_second_question(exchange: Exchange, clip: Clip, placeholder: str) -> 
 def test_other_wishes_are_prepared_anew(exchange: Exchange, clip: Clip) -> None:
     video = clip(10, seed=41)
     exchange.flush()
-    for wishes, new in (({}, True), ({"fps": 1}, True), ({"max_pixels": 4000}, True), ({}, False)):
+    for wishes, new in (({}, True), ({"fps": 1}, True), ({"max_pixels": 5000}, True), ({}, False)):
         with decoding(exchange) as seen:
             exchange.check(about(Sampled(video, wishes), setting=SMALL))
         assert (seen.frames > 0) == new, wishes

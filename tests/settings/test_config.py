@@ -28,7 +28,7 @@ from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requ
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
 ALL = (
     *PER_REQUEST,
-    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb"),
+    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb", "media_cache_mb"),
     *("media_paths", "max_source_mb", "max_video_seconds", "max_frame_megapixels"),
 )
 LONGEST_MESSAGE = 400
@@ -56,6 +56,7 @@ def test_defaults() -> None:
         "prefill_kernel": "auto",
         "video_resize": "uint8",
         "media_memory_mb": 512,
+        "media_cache_mb": 4096,
         "media_paths": "",
         "max_source_mb": 4096,
         "max_video_seconds": 14_400,
@@ -356,6 +357,7 @@ FLAGS = {
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
     "video_resize": (("--pevlm-video-resize", "float32"), "float32"),
     "media_memory_mb": (("--pevlm-media-memory-mb", "64"), 64),
+    "media_cache_mb": (("--pevlm-media-cache-mb", "0"), 0),
     "media_paths": (("--pevlm-media-paths", "/a:/b"), "/a:/b"),
     "max_source_mb": (("--pevlm-max-source-mb", "7"), 7),
     "max_video_seconds": (("--pevlm-max-video-seconds", "60"), 60),

@@ -186,7 +186,7 @@ def _status(name: str) -> int:
     raise KeyError(name)
 
 
-SMALL_CACHE = {"media_cache_mb": 8}  # so that growth is a leak
+SMALL_CACHE: dict[str, Any] = {"media_cache_mb": 8}  # so that growth is a leak
 
 
 @contextlib.contextmanager

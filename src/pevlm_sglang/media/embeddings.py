@@ -1,8 +1,8 @@
 """No step of a video is encoded twice for one prefill, however that is chunked.
 
 SGLang encodes an item, here a clip, as a whole, and takes from the result the rows of the chunk at
-hand. What it encoded stays in a cache of ``SGLANG_VLM_CACHE_SIZE_MB``: 100 MB, 14k tokens at a hidden
-size of 3584 in bfloat16, or none for Qwen3-VL on large Hopper GPUs. A clip that is no longer
+hand. What it encoded stays in a cache of ``SGLANG_VLM_CACHE_SIZE_MB``: 100 MB, 14k tokens at a
+hidden size of 3584 in bfloat16, or none for Qwen3-VL on large Hopper GPUs. A clip that is no longer
 there is encoded again for the next chunk (sglang/srt/managers/mm_schedule.py).
 
 Here an embedding stays with the request that its prefill has begun to use, until it has used all of
