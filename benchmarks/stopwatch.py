@@ -11,7 +11,7 @@ between CUDA events on a GPU. ``/server_info`` then has the totals under ``inter
   decoding is in it.
 - ``forward``: the prefill's forwards, metadata and vision tower among it.
 - ``attention``: the language model's layers of attention, writing keys and values among it.
-- ``vision``, ``vision_runs``: the vision tower, and how often it ran (a number).
+- ``vision``, ``vision_steps``: the vision tower, and how many steps it encoded (a number).
 
 Nothing of it is part of the product.
 """
@@ -78,7 +78,7 @@ _clock = _Clock()
 _forward: Any = None
 _attention: Any = None
 _vision: Any = None
-_totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_runs": 0.0}
+_totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_steps": 0.0}
 
 
 def register() -> None:
@@ -153,7 +153,8 @@ def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
     @functools.wraps(encode)
     def timed(items: list[Any]) -> Any:
-        _totals["vision_runs"] += 1
+        grids = (item.model_specific_data.get("video_grid_thw") for item in items)
+        _totals["vision_steps"] += sum(int(grid[:, 0].sum()) for grid in grids if grid is not None)
         with _vision.measure(kwargs["input_ids"].device):
             return encode(items)
 
