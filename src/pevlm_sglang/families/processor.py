@@ -21,11 +21,13 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
 from sglang.srt.runtime_context import get_mm, get_model
 
-from pevlm_sglang.media import told
+from pevlm_sglang.media import keyframes, pixel_device, told
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
+from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources, check_processed
 from pevlm_sglang.media.stages import stage
@@ -43,6 +45,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         config: of the server.
         read_elsewhere: see :func:`~pevlm_sglang.media.wishes.split`.
         reader: decodes the videos of all requests.
+        pixel_device: works on their frames, in families that can; None = the CPU does.
 
     Raises:
         ValueError: a bad ``--mm-process-config``.
@@ -50,16 +53,26 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
     read_elsewhere: Sequence[str] = ()
+    video_preprocessing_device = "cpu"  # decode there, as the references do
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
         self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
+        self.pixel_device = self._pixel_device()
         self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
         self._prompt_limit: int | None = None
+
+    def _pixel_device(self) -> PixelDevice | None:
+        """By what the server has chosen at its start."""
+        device = torch.device(getattr(self.server_args, pixel_device.CHOSEN, "cpu"))
+        if device.type == "cpu":
+            return None
+        kept = MM_FEATURE_CACHE_SIZE if self.keep_mm_features_on_device else 0
+        return PixelDevice(device, self.config.media_memory_mb << 20, kept)
 
     def shutdown(self) -> None:
         self.reader.shutdown()
@@ -175,15 +188,31 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         check_unchanged(video)
         return digest
 
+    def indices(self, video: Any, settings: Any, wish: Wishes) -> list[int]:
+        """Which frames of a video are sampled, ascending, in families that take a number of them.
+
+        Args:
+            video: SGLang's ``VideoDecoderWrapper``, or frames in its place.
+            settings: for this video.
+            wish: see :meth:`heeded`; its numbers are in the settings already.
+
+        Raises:
+            ValueError: see :func:`length_and_rate` and :func:`keyframes.in_place_of`.
+        """
+        if isinstance(video, FrameArrays):
+            return list(range(len(video)))
+        indices: list[int] = self.geometry.indices(*length_and_rate(video), settings)
+        return indices if wish.frames is None else keyframes.in_place_of(video, indices)
+
     async def sampled(
-        self, video: Any, settings: Any, pixels: Callable[[Image.Image], torch.Tensor]
+        self, video: Any, indices: Sequence[int], pixels: Callable[[Image.Image], torch.Tensor]
     ) -> tuple[torch.Tensor, Any]:
         """What ``pixels`` makes of each sampled frame of a video, stacked; of one that repeats,
         once.
 
         Args:
             video: SGLang's ``VideoDecoderWrapper``.
-            settings: for this video.
+            indices: see :meth:`indices`.
 
         Returns:
             ``[frames, …]``, and a digest of what they are made of; None where there is no file.
@@ -191,10 +220,6 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         Raises:
             ValueError: see :meth:`read`.
         """
-        if isinstance(video, FrameArrays):
-            indices = list(range(len(video)))
-        else:
-            indices = self.geometry.indices(*length_and_rate(video), settings)
         distinct = sorted(set(indices))
         stack = _Stack(len(distinct), pixels)
         digest = await self.read(video, distinct, stack)
@@ -271,8 +296,7 @@ class PlaceholderProcessor(VideoProcessor):
         token_ids: of the expanded placeholders.
     """
 
-    gpu_image_decode = False  # PIL images, and frames decoded on the CPU, as in the references
-    video_preprocessing_device = "cpu"
+    gpu_image_decode = False  # PIL images, as in the references
     placeholders: Mapping[Modality, str] = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
     token_ids: Mapping[Modality, int]
 
@@ -286,7 +310,7 @@ class PlaceholderProcessor(VideoProcessor):
         """
 
     @abstractmethod
-    async def video(self, video: Any, settings: Any) -> Medium:
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
         """A video; see :meth:`sampled`."""
 
     @abstractmethod
@@ -338,24 +362,20 @@ class PlaceholderProcessor(VideoProcessor):
                 )
         with stage("fetch"):
             loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
-        settings = [
-            self.settings.wished(self.heeded(video, wish))
-            for video, wish in zip(loaded.videos, wishes, strict=True)
+        heeded = list(map(self.heeded, loaded.videos, wishes))
+        sampled = [
+            self.indices(video, self.settings.wished(wish), wish)
+            for video, wish in zip(loaded.videos, heeded, strict=True)
         ]
-        self.check_length(
-            sum(
-                self.video_tokens(len(self.geometry.indices(*length_and_rate(video), one)))
-                for video, one in zip(loaded.videos, settings, strict=True)
-            )
-        )
+        self.check_length(sum(self.video_tokens(len(indices)) for indices in sampled))
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [
             self.reader.run(partial(self.image, image, kind, alone=alone))
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
-        for video, one in zip(loaded.videos, settings, strict=True):
-            work.append(self.video(video, one))
+        for video, indices in zip(loaded.videos, sampled, strict=True):
+            work.append(self.video(video, indices))
         media = await all_of(work)
         rest = {
             Modality.IMAGE: iter(media[: len(images)]),

@@ -61,8 +61,8 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
     def video_tokens(self, frames: int) -> int:
         return self._layout.tokens(frames)
 
-    async def video(self, video: Any, settings: Any) -> Medium:
-        pixels, source = await self.sampled(video, settings, self._pixels)
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
+        pixels, source = await self.sampled(video, indices, self._pixels)
         tokens, data = self._layout.tokens(len(pixels)), {FRAMES: len(pixels)}
         return Medium(Modality.VIDEO, pixels, tokens, data=data, source=source)
 

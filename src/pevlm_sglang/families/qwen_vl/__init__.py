@@ -44,6 +44,7 @@ QWEN2_VL = Family(
     install="qwen_vl.video_hash:install",
     needless="qwen_vl.processor:needless_corrections",
     install_in_scheduler="qwen_vl.tower:install",
+    gpu_pixels=True,
 )
 
 QWEN3_VL = dataclasses.replace(

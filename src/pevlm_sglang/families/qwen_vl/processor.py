@@ -79,16 +79,23 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         for video, wish in zip(videos, wishes, strict=True):
             wish = self.heeded(video, wish)
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
-            planned.append(sample(video, self.geometry, settings))
+            planned.append(sample(video, self.geometry, settings, wish))
         grids = [one.grid(self.geometry) for one in planned]
         merged = self.geometry.merge_size**2
         self.check_length(sum(prod(grid) // merged for grid in grids))
-        patches, *parts = empty_patches(grids, self.geometry, self._dtype)
+        patches, *parts = empty_patches(grids, self.geometry, self._dtype, self.pixel_device)
         digests = await all_of(
             self.read(
                 video,
                 one.indices,
-                Patcher(part, one, self.geometry, self._normalization, exact=self._exact),
+                Patcher(
+                    part,
+                    one,
+                    self.geometry,
+                    self._normalization,
+                    exact=self._exact,
+                    device=self.pixel_device,
+                ),
                 multiple=self.geometry.frames_per_step,
             )
             for video, one, part in zip(videos, planned, parts, strict=True)
@@ -129,7 +136,7 @@ def needless_corrections(hf_config: Any) -> tuple[str, ...]:
 def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:
     """The server's video settings for one video. A rate takes the place of the server's
     ``nframes``, and ``max_frames`` bounds it too."""
-    mixed = {**values, **wish.given()}
+    mixed = {**values, **wish.numbers()}
     if wish.fps is not None:
         mixed.pop("nframes", None)
     elif wish.max_frames is not None and "nframes" in mixed:
