@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pevlm_sglang.media.slices import SLICE_FRAMES, Reader, all_of, keyframes, segments
+from pevlm_sglang.media.slices import SLICE_FRAMES, Reader, all_of, segments
 
 MIB = 1 << 20
 
@@ -306,15 +306,3 @@ def test_file_with_one_keyframe_gets_threads_of_ffmpeg(
         asyncio.run(reader.read(video, range(count), lambda start, frames: None))
         reader.shutdown()
         assert asked == expected
-
-
-def test_keyframes_of_a_file(tmp_path: Path) -> None:
-    """The decoder's own function for it is not a public one."""
-    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
-
-    path = tmp_path / "clip.mp4"
-    source = ["-f", "lavfi", "-i", "testsrc2=size=96x64:rate=20:duration=6"]
-    options = ["-c:v", "libx264", "-g", "40", "-sc_threshold", "0"]
-    subprocess.run(["ffmpeg", "-v", "error", *source, *options, str(path)], check=True)
-    assert keyframes(VideoDecoderWrapper(str(path))) == [0, 40, 80]
-    assert keyframes(Video()) is None

@@ -1,11 +1,10 @@
 """The bicubic resize with antialiasing of pictures in uint8, on any device.
 
-PyTorch's kernel for uint8 and Pillow's, which the references use, run on the CPU alone. Both work in
-whole numbers: weights are rounded to fixed point, and each of two passes, over columns and then over
-rows, rounds and clamps to uint8. Sums of whole numbers know no order, so the same arithmetic gives
-the same bits on every device; floating point would not.
-Source: aten/src/ATen/native/cpu/UpSampleKernel.cpp of PyTorch
-(``compute_index_ranges_int16_weights``); src/libImaging/Resample.c of Pillow.
+PyTorch's kernel for it runs on the CPU alone. It works in whole numbers: weights are rounded to
+fixed point, and each of two passes, over columns and then over rows, rounds and clamps to uint8.
+Sums of whole numbers know no order, so the same arithmetic gives the same bits on every device;
+floating point would not.
+Source: aten/src/ATen/native/cpu/UpSampleKernel.cpp (``compute_index_ranges_int16_weights``).
 """
 
 from __future__ import annotations
@@ -14,23 +13,22 @@ from functools import lru_cache
 
 import torch
 
-PILLOW_BITS = 22
+_MOST_BITS = 22
 _SUPPORT = 2.0  # of the cubic, in source pixels of a picture that is not made smaller
 _WEIGHT_LIMIT = 1 << 15  # PyTorch's weights are int16
 
 
-def bicubic(frames: torch.Tensor, size: tuple[int, int], bits: int | None = None) -> torch.Tensor:
+def bicubic(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Frames after the resize, on their device.
 
     Args:
         frames: ``[..., height, width]`` uint8.
         size: width and height.
-        bits: of a weight behind the point; None = PyTorch's rule, as many as int16 has room for.
 
     Returns:
         ``[..., height, width]`` uint8
     """
-    return _resized(_resized(frames, -1, size[0], bits), -2, size[1], bits)
+    return _resized(_resized(frames, -1, size[0]), -2, size[1])
 
 
 def work_bytes(before: tuple[int, int], after: tuple[int, int]) -> int:
@@ -44,11 +42,11 @@ def work_bytes(before: tuple[int, int], after: tuple[int, int]) -> int:
     return 10 * max(between, result) + between + result
 
 
-def _resized(pixels: torch.Tensor, dim: int, size: int, bits: int | None) -> torch.Tensor:
+def _resized(pixels: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     length = pixels.shape[dim]
     if length == size:
         return pixels
-    places, weights, bits = _taps(length, size, bits)
+    places, weights, bits = _taps(length, size)
     places, weights = places.to(pixels.device), weights.to(pixels.device)
     shape = [*pixels.shape]
     shape[dim] = size
@@ -59,7 +57,7 @@ def _resized(pixels: torch.Tensor, dim: int, size: int, bits: int | None) -> tor
 
 
 @lru_cache(maxsize=64)  # each slice asks
-def _taps(length: int, size: int, bits: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _taps(length: int, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """From which pixels each new one is made, and with what weights.
 
     Returns:
@@ -73,10 +71,9 @@ def _taps(length: int, size: int, bits: int | None) -> tuple[torch.Tensor, torch
     places = first + torch.arange(int((end - first).max()))[:, None]
     weights = _cubic((places - center + 0.5) / stretch).where(places < end, 0)
     weights /= weights.sum(0)
-    if bits is None:
-        bits = 0
-        while bits < PILLOW_BITS and int(0.5 + weights.max() * (2 << bits)) < _WEIGHT_LIMIT:
-            bits += 1
+    bits = 0  # as many as int16 has room for
+    while bits < _MOST_BITS and int(0.5 + weights.max() * (2 << bits)) < _WEIGHT_LIMIT:
+        bits += 1
     fixed = (weights * (1 << bits) + torch.where(weights < 0, -0.5, 0.5)).to(torch.int32)
     return places.clamp(max=length - 1), fixed, bits
 

@@ -1,10 +1,10 @@
 """The GPU on which slices of a video are resized, normalised and cut in patches.
 
 A slice goes up once, as uint8. What is made of it comes back once; or it stays, where SGLang's
-transport takes features from the GPU (``--mm-feature-transport cuda_ipc``). On the GPU are at a time
-at most as many bytes of slices, with all that is made on the way, as the server decodes into
-(``--pevlm-media-memory-mb``), and at most as many bytes of results as SGLang's own pool for them has
-(``SGLANG_MM_FEATURE_CACHE_MB``): what is larger would not find room there.
+transport takes features from the GPU (``--mm-feature-transport cuda_ipc``). At a time there are at
+most as many bytes of slices, with all that is made on the way, as the server decodes into
+(``--pevlm-media-memory-mb``), and at most as many bytes of results as SGLang's own pool for them
+has (``SGLANG_MM_FEATURE_CACHE_MB``): what is larger would not find room there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Let ``max_pixels`` and ``frames`` of a chat request's ``video_url`` part reach the processors, and
-refuse names there that nobody reads.
+"""Let ``max_pixels`` and ``frames`` of a chat request's ``video_url`` part reach the processors,
+and refuse names there that nobody reads.
 
 SGLang passes ``fps`` and ``max_frames`` on and drops names that its request model does not declare.
 Before the HTTP server is built, ours are declared here and added to those that are passed on.
@@ -52,8 +52,8 @@ def offer_wishes() -> None:
     if not NAMES.keys() <= protocol.ChatCompletionMessageContentVideoURL.model_fields.keys():
         if "sglang.srt.entrypoints.http_server" in sys.modules:
             logger.warning(
-                "PEVLM: %s of a video_url part will be ignored: the HTTP server's module was imported "
-                "before the server's arguments were resolved",
+                "PEVLM: %s of a video_url part will be ignored: the HTTP server's module was "
+                "imported before the server's arguments were resolved",
                 " and ".join(NAMES),
             )
             return
@@ -68,7 +68,8 @@ def _declare(models: list[Any]) -> None:
 
     names = models[0].model_fields
     for name, kind in NAMES.items():
-        names[name] = FieldInfo(annotation=kind | None, default=None)
+        form: Any = kind | None
+        names[name] = FieldInfo(annotation=form, default=None)
     for name in _NOT_READ:
         if name in names:
             names[name] = FieldInfo(annotation=type(None), default=None)
