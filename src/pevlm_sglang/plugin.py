@@ -22,7 +22,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import embeddings, limits, stages, transport, video_url
+from pevlm_sglang.media import embeddings, limits, pixel_device, stages, transport, video_url
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
@@ -187,7 +187,7 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
         return
     registry.read_checkpoints()
     resolve_once(server_args)
-    video_url.offer_max_pixels()
+    video_url.offer_wishes()
     limits.install(config, server_args.host)
     if not resolved_before:
         _check_resolved(server_args, config)
@@ -216,6 +216,9 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     refusals.check_environment()
     registry.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     server_args._pevlm_architectures = list(hf_config.architectures)
+    able = registry.family_of(hf_config.architectures).gpu_pixels
+    device = pixel_device.choose(config.media_device, resolved, able=able)
+    setattr(server_args, pixel_device.CHOSEN, str(device))
     registry.offer_chat_template(registry.family_of(hf_config.architectures), resolved.model_path)
     if warning := seams.untested_version(importlib.metadata.version("sglang")):
         logger.warning("PEVLM: %s", warning)
@@ -405,6 +408,7 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
     if (serving := _Process.serving) is not None:
         info[SERVER_INFO_KEY] = {
             **serving.config.describe(),
+            "media_device": getattr(scheduler.server_args, pixel_device.CHOSEN),
             "base_backend": scheduler.tp_worker.model_runner.prefill_attention_backend_str,
             "prefill_kernel": serving.prefill_kernel,
             "frames_per_step": serving.rule.frames_per_step,

@@ -6,6 +6,7 @@ The table in docs/serving.md says which. Batches are tested on servers.
 from __future__ import annotations
 
 import base64
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -251,6 +252,57 @@ def test_a_file_that_changes_while_it_is_read(
     monkeypatch.setattr(reader, "read", read)
     with pytest.raises(ValueError, match="expected a file that stays as it is"):
         process([str(path)])
+
+
+def sampled(process: Any, family: str, total: int, fps: float) -> list[int]:
+    """Which frames of a file, without a wish."""
+    processor = process.func.sglang
+    if family.startswith("qwen"):
+        count = processor.geometry.sampled_frames(total, fps, processor.settings)
+        return [round(place) for place in np.linspace(0, total - 1, count)]
+    found: list[int] = processor.geometry.indices(total, fps, processor.settings)
+    return found
+
+
+def test_keyframes(process: Any, family: str, tmp_path: Path) -> None:
+    """Those near the sampled frames; tokens and positions stay, but for Qwen3-VL's timestamps."""
+    from sglang.srt.utils import VideoData
+    from torchcodec.decoders import VideoDecoder
+
+    path = tmp_path / "keyed.mp4"
+    write_video(path, seconds=4, fps=10, size=(112, 84), seed=1, group=7)
+    every = VideoDecoder(str(path), dimension_order="NHWC")[:].numpy()
+    indices = sampled(process, family, 40, 10.0)
+    half = (indices[-1] - indices[0]) / (len(indices) - 1) / 2
+    expected = []
+    for index in indices:
+        key = min((0, 7, 14, 21, 28, 35), key=lambda key: abs(key - index))
+        expected.append(key if abs(key - index) <= half and key not in expected else index)
+    assert 3 < len({*expected} & {0, 7, 14, 21, 28, 35}) < len(expected)
+    assert expected != indices
+
+    wish = {"frames": "keyframes"}
+    output, plain = process([{"url": str(path), **wish}]), process([str(path)])
+    assert torch.equal(output.mm_items[0].feature, process([every[expected]]).mm_items[0].feature)
+    assert output.mm_items[0].hash != plain.mm_items[0].hash
+    chat = process([VideoData(str(path), preprocess_kwargs=wish)])
+    check_same(chat, output, one_file=True)
+    if family == "qwen3_vl":
+        times = [sum(expected[at : at + 2]) / 2 / 10 for at in range(0, len(expected), 2)]
+        text = process.func.sglang._tokenizer.decode(output.input_ids)
+        assert re.findall(r"<([\d.]+) seconds>", text) == [f"{time:.1f}" for time in times]
+        return
+    assert output.input_ids == plain.input_ids
+    if family.startswith("qwen"):
+        assert torch.equal(output.mrope_positions, plain.mrope_positions)
+
+
+def test_wish_for_frames_that_cannot_be_met(process: Any, clip: Path, frames: Any) -> None:
+    with pytest.raises(ValueError, match="frames: expected an encoded video, got frames"):
+        process([{"url": frames, "frames": "keyframes"}])
+    for word in ("keyframe", "all", 3, True):
+        with pytest.raises(ValueError, match="frames: expected 'keyframes', got"):
+            process([{"url": str(clip), "frames": word}])
 
 
 def test_too_many_arrays(process: Any, frames: Any) -> None:

@@ -33,6 +33,7 @@ class Family:
         install_in_scheduler: called with the architecture before the model runs.
         chat_template: of SGLang's, for checkpoints whose own does not write placeholders.
         sent_by: how a request sends its video, in words.
+        gpu_pixels: whether its processor can work on frames on a GPU.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     needless: str | None = None
     chat_template: str | None = None
     sent_by: str = "`video_url`"
+    gpu_pixels: bool = False
 
     @property
     def architectures(self) -> tuple[str, ...]:

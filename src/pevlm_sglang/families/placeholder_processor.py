@@ -22,7 +22,6 @@ from pevlm_sglang.media.clips import Clip
 from pevlm_sglang.media.identity import identity
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
-from pevlm_sglang.media.video_file import length_and_rate
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class PlaceholderProcessor(VideoProcessor):
         """
 
     @abstractmethod
-    async def video(self, video: Any, settings: Any) -> Medium:
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
         """A video; see :meth:`sampled`."""
 
     @abstractmethod
@@ -127,24 +126,20 @@ class PlaceholderProcessor(VideoProcessor):
                 )
         with stage("fetch"):
             loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
-        settings = [
-            self.settings.wished(self.heeded(video, wish))
-            for video, wish in zip(loaded.videos, wishes, strict=True)
+        heeded = list(map(self.heeded, loaded.videos, wishes))
+        sampled = [
+            self.indices(video, self.settings.wished(wish), wish)
+            for video, wish in zip(loaded.videos, heeded, strict=True)
         ]
-        self.check_length(
-            sum(
-                self.video_tokens(len(self.geometry.indices(*length_and_rate(video), one)))
-                for video, one in zip(loaded.videos, settings, strict=True)
-            )
-        )
+        self.check_length(sum(self.video_tokens(len(indices)) for indices in sampled))
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [
             self.reader.run(partial(self.image, image, kind, alone=alone))
             for image, kind in zip(loaded.images, kinds, strict=True)
         ]
-        for video, one in zip(loaded.videos, settings, strict=True):
-            work.append(self.video(video, one))
+        for video, indices in zip(loaded.videos, sampled, strict=True):
+            work.append(self.video(video, indices))
         media = await all_of(work)
         rest = {
             Modality.IMAGE: iter(media[: len(images)]),

@@ -18,15 +18,17 @@ from sglang.srt.managers.schedule_batch import (
     Modality,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
 from sglang.srt.runtime_context import get_mm, get_model
 
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import told
+from pevlm_sglang.media import keyframes, pixel_device, told
 from pevlm_sglang.media.cache import Clips, MediaCache, tenant
 from pevlm_sglang.media.clips import ClipBuffer, Room
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, source_digest, stamp_of
 from pevlm_sglang.media.known import KnownVideo, KnownVideos
+from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.media.slices import Reader
 from pevlm_sglang.media.sources import SafeSources, check_processed
 from pevlm_sglang.media.stages import media_cache, stage
@@ -48,6 +50,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         reader: decodes the videos of all requests.
         cache: what stays prepared.
         clip_steps: steps of a clip, a context block of this server.
+        pixel_device: works on their frames, in families that can; None = the CPU does.
 
     Raises:
         ValueError: a bad ``--mm-process-config``.
@@ -55,12 +58,14 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
     read_elsewhere: Sequence[str] = ()
+    video_preprocessing_device = "cpu"  # decode there, as the references do
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
         self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
+        self.pixel_device = self._pixel_device()
         self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
         self.cache = MediaCache(self.config.media_cache_mb << 20, media_cache)
         self._known = KnownVideos()
@@ -68,6 +73,15 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
         self._prompt_limit: int | None = None
+
+    def _pixel_device(self) -> PixelDevice | None:
+        """By what the server has chosen at its start."""
+        device = torch.device(getattr(self.server_args, pixel_device.CHOSEN, "cpu"))
+        if device.type == "cpu":
+            return None
+        stay = self.keep_mm_features_on_device and not self.config.media_cache_mb
+        kept = MM_FEATURE_CACHE_SIZE if stay else 0
+        return PixelDevice(device, self.config.media_memory_mb << 20, kept)
 
     def shutdown(self) -> None:
         self.reader.shutdown()
@@ -205,7 +219,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         clips = await self.cache.get(key, afresh)
         if not isinstance(video, KnownVideo):
             check_unchanged(video)  # since the digest
-            self._known.remember(mine, video, digest)
+            self._known.remember(mine, video, digest, keyframes.keyframes(video))
         return clips
 
     def _opened(self, video: Any) -> Any:
@@ -219,10 +233,26 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             )
         return opened
 
+    def indices(self, video: Any, settings: Any, wish: Wishes) -> list[int]:
+        """Which frames of a video are sampled, ascending, in families that take a number of them.
+
+        Args:
+            video: SGLang's ``VideoDecoderWrapper``, or frames in its place.
+            settings: for this video.
+            wish: see :meth:`heeded`; its numbers are in the settings already.
+
+        Raises:
+            ValueError: see :func:`length_and_rate` and :func:`keyframes.in_place_of`.
+        """
+        if isinstance(video, FrameArrays):
+            return list(range(len(video)))
+        indices: list[int] = self.geometry.indices(*length_and_rate(video), settings)
+        return indices if wish.frames is None else keyframes.in_place_of(video, indices)
+
     async def sampled(
         self,
         video: Any,
-        settings: Any,
+        indices: Sequence[int],
         pixels: Callable[[Image.Image], torch.Tensor],
         *plan: Hashable,
     ) -> Clips:
@@ -230,17 +260,13 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
         Args:
             video: see :meth:`prepared`.
-            settings: for this video.
+            indices: see :meth:`indices`.
             pixels: ``[3, height, width]`` of a frame, or ``[tiles, 3, height, width]``.
             plan: what else than the frames says what ``pixels`` makes.
 
         Raises:
             ValueError: see :meth:`prepared`.
         """
-        if isinstance(video, FrameArrays):
-            indices = list(range(len(video)))
-        else:
-            indices = self.geometry.indices(*length_and_rate(video), settings)
 
         async def read(opened: Any) -> Clips:
             stack = _Stack(indices, pixels, self.clip_steps, self.cache.room)

@@ -11,13 +11,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from pevlm_sglang.media.stages import stage
 
 Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 """Gives an empty tensor of a shape."""
+
+
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """:data:`Room` in the process's own memory."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class ClipBuffer:
 def digest(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's content."""
     with stage("hash"):
-        content = tensor.contiguous().view(torch.uint8).numpy()
-        return hashlib.sha256(np.ascontiguousarray(content).data).digest()
+        content = tensor.contiguous().view(torch.uint8).cpu().numpy()
+        return hashlib.sha256(content.data).digest()
 
 
 def whole(pixels: torch.Tensor) -> Clip:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Facts:
         stamp: see :func:`~pevlm_sglang.media.identity.file_stamp`.
         digest: SHA-256 of the file.
         frames, rate, shape: frames, frames a second, height and width of one.
+        keys: numbers of its keyframes; None where the decoder does not tell.
     """
 
     stamp: tuple[int, ...]
@@ -32,6 +33,7 @@ class Facts:
     frames: int
     rate: float
     shape: tuple[int, int]
+    keys: tuple[int, ...] | None
 
 
 class KnownVideo(VideoDecoderWrapper):
@@ -62,14 +64,21 @@ class KnownVideos:
         facts = self._facts.get((tenant, stamp))
         return source if stamp is None or facts is None else KnownVideo(source, facts)
 
-    def remember(self, tenant: Hashable, video: Any, digest: bytes) -> None:
+    def remember(
+        self, tenant: Hashable, video: Any, digest: bytes, keys: Sequence[int] | None
+    ) -> None:
         """What an open file says, unless it is so young that its time may not tell it from the next
         one of its name."""
         stamp = stamp_of(video)
         if stamp is None or time.time_ns() - max(stamp[-2:]) < _RECENT_NS:
             return
         self._facts[tenant, stamp] = Facts(
-            stamp, digest, len(video), float(video.avg_fps), tuple(video.frame_shape)
+            stamp,
+            digest,
+            len(video),
+            float(video.avg_fps),
+            tuple(video.frame_shape),
+            None if keys is None else tuple(keys),
         )
         while len(self._facts) > _MOST:
             self._facts.popitem(last=False)

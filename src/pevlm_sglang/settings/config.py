@@ -16,6 +16,7 @@ PREFILL_KERNELS = ("auto", "base", "flash", "triton", "sdpa")
 """``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
 VIDEO_RESIZES = ("uint8", "float32")
+MEDIA_DEVICES = ("auto", "cpu", "cuda")
 
 MAX_FRAMES = 1_000_000
 """More sampled frames than any context holds; a bound, so that a number can always be handled."""
@@ -66,6 +67,13 @@ class PevlmConfig:
         "by qwen-vl-utils, slower",
         per_request=False,
         choices=VIDEO_RESIZES,
+    )
+    media_device: str = _option(
+        "auto",
+        "where decoded frames are resized, normalised and cut in patches; auto = on the server's "
+        "GPU where it has one and the model's processor can",
+        per_request=False,
+        choices=MEDIA_DEVICES,
     )
     media_memory_mb: int = _option(
         512,

@@ -480,19 +480,19 @@ def test_bad_settings_of_the_server(
     check_launch(models[name].config, {"fps": 1, "max_frames": 64})
 
 
-def test_max_pixels_of_a_chat_request() -> None:
+def test_our_wishes_of_a_chat_request() -> None:
     """In a process of its own: the request model of this one stays as it is."""
     import subprocess
     import sys
 
     code = """
 import json
-from pevlm_sglang.media.video_url import offer_max_pixels
-offer_max_pixels()
-offer_max_pixels()
+from pevlm_sglang.media.video_url import offer_wishes
+offer_wishes()
+offer_wishes()
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.jinja_template_utils import process_content_for_template_format
-url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000}
+url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000, "frames": "keyframes"}
 body = {"model": "m", "messages": [
     {"role": "user", "content": [{"type": "video_url", "video_url": url}]}]}
 message = ChatCompletionRequest.model_validate(body).messages[0].model_dump()
@@ -500,8 +500,11 @@ videos = []
 process_content_for_template_format(message, "openai", [], videos, [], [])
 print(json.dumps(videos[0].preprocess_kwargs))
 part = body["messages"][0]["content"][0]
-for place, name in ((url, "max_pixels"), (url, "max_frame"), (part, "fps")):
-    before, place[name] = dict(place), "many"
+for place, name, value in (
+    (url, "max_pixels", "many"), (url, "max_frame", "many"), (part, "fps", "many"),
+    (url, "frames", 3), (part, "frames", "keyframes"),
+):
+    before, place[name] = dict(place), value
     try:
         ChatCompletionRequest.model_validate(body)
     except ValueError as error:
@@ -513,4 +516,4 @@ for place, name in ((url, "max_pixels"), (url, "max_frame"), (part, "fps")):
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     kwargs = json.loads(out.stdout.splitlines()[-1])
-    assert kwargs == {"fps": 1.5, "max_frames": 9, "max_pixels": 7000}
+    assert kwargs == {"fps": 1.5, "max_frames": 9, "max_pixels": 7000, "frames": "keyframes"}

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -63,8 +64,6 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
 
     read_elsewhere = ("max_dynamic_patch",)
 
-    video_preprocessing_device = "cpu"  # decode there, as the reference does
-
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
         self._size = int(hf_config.force_image_size or hf_config.vision_config.image_size)
@@ -96,13 +95,14 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             for image in media.images
         )
         self.check_length(image_tiles * self.num_image_token)
-        counts = self._counts(media, wishes, image_tiles, most_of["video"])
+        heeded = list(map(self.heeded, media.videos, wishes))
+        counts = self._counts(media, heeded, image_tiles, most_of["video"])
         images = await all_of(
             self.reader.run(self._image, picture, most_of["image"]) for picture in media.images
         )
         sampled = await all_of(
-            self._sample(video, count, most_of["video"])
-            for video, count in zip(media.videos, counts, strict=True)
+            self._sample(video, count, wish, most_of["video"])
+            for video, count, wish in zip(media.videos, counts, heeded, strict=True)
         )
         ids, items = await self.reader.run(self._prompt, media.input_text, images, sampled)
         return MultimodalProcessorOutput(
@@ -139,12 +139,12 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     def _image(self, picture: Image.Image, most: int) -> _Tiles:
         return _Tiles((whole(self._tiles(picture.convert("RGB"), most)),))
 
-    async def _sample(self, video: Any, count: int, most: int) -> _Tiles:
+    async def _sample(self, video: Any, count: int, wish: Wishes, most: int) -> _Tiles:
         """The tiles of each of ``count`` frames."""
         settings = dataclasses.replace(self.settings, num_frames=count)
-        return _Tiles(
-            await self.sampled(video, settings, lambda frame: self._tiles(frame, most), most)
-        )
+        indices = self.indices(video, settings, wish)
+        tiles = partial(self._tiles, most=most)
+        return _Tiles(await self.sampled(video, indices, tiles, most))
 
     def _counts(
         self, media: Any, wishes: Sequence[Wishes], image_tiles: int, most_tiles: int
@@ -169,8 +169,7 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        heeded = map(self.heeded, media.videos, wishes)
-        asked = [wish.max_frames for wish in heeded]
+        asked = [wish.max_frames for wish in wishes]
         counts = share(asked, default, most)
         if min(counts) < default and None in asked:
             logger.warning(

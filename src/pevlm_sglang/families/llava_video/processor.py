@@ -62,10 +62,10 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
     def video_tokens(self, frames: int) -> int:
         return self._layout.tokens(frames)
 
-    async def video(self, video: Any, settings: Any) -> Medium:
-        clips = await self.sampled(video, settings, self._pixels)
-        frames = sum(clip.steps for clip in clips)
-        return Medium(Modality.VIDEO, clips, self._layout.tokens(frames), data={FRAMES: frames})
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
+        clips = await self.sampled(video, indices, self._pixels)
+        data = {FRAMES: len(indices)}
+        return Medium(Modality.VIDEO, clips, self._layout.tokens(len(indices)), data=data)
 
     def cut(
         self, medium: Medium, offsets: Sequence[tuple[int, int]], start: int, end: int

@@ -43,8 +43,8 @@ class LongVilaProcessor(PlaceholderProcessor):
     def video_tokens(self, frames: int) -> int:
         return frames * self.geometry.tokens_per_frame
 
-    async def video(self, video: Any, settings: Any) -> Medium:
-        clips = await self.sampled(video, settings, lambda frame: self._pixels([frame])[0])
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
+        clips = await self.sampled(video, indices, lambda frame: self._pixels([frame])[0])
         return self._medium(Modality.VIDEO, clips)
 
     def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:

@@ -43,6 +43,7 @@ QWEN2_VL = Family(
     processor="qwen_vl.processor:QwenVLProcessor",
     needless="qwen_vl.processor:needless_corrections",
     install_in_scheduler="qwen_vl.tower:install",
+    gpu_pixels=True,
 )
 
 QWEN3_VL = dataclasses.replace(

@@ -28,9 +28,8 @@ from pevlm_sglang.families.qwen_vl.patched_videos import (
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
 from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
-from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, normalization, sample
+from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, clip_buffer, normalization, sample
 from pevlm_sglang.media.cache import Clips
-from pevlm_sglang.media.clips import ClipBuffer
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
@@ -84,7 +83,7 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         for video, wish in zip(videos, wishes, strict=True):
             wish = self.heeded(video, wish)
             settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
-            planned.append(sample(video, self.geometry, settings))
+            planned.append(sample(video, self.geometry, settings, wish))
         grids = [one.grid(self.geometry) for one in planned]
         merged = self.geometry.merge_size**2
         self.check_length(sum(prod(grid) // merged for grid in grids))
@@ -96,11 +95,14 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
 
     async def _read(self, sampled: Sampled, video: Any) -> Clips:
         """The patches of an open video."""
-        steps, rows, columns = sampled.grid(self.geometry)
-        step = (rows * columns, 3 * self.geometry.frames_per_step * self.geometry.patch_size**2)
-        make = partial(ClipBuffer, steps, step, self._dtype, self.clip_steps, self.cache.room)
+        device, room = self.pixel_device, self.cache.room
+        if device is not None:
+            room = partial(device.empty, otherwise=room)
+        make = partial(clip_buffer, sampled, self.geometry, self._dtype, self.clip_steps, room)
         buffer = await self.reader.run(make)
-        work = Patcher(buffer, sampled, self.geometry, self._normalization, exact=self._exact)
+        work = Patcher(
+            buffer, sampled, self.geometry, self._normalization, exact=self._exact, device=device
+        )
         per_step = self.geometry.frames_per_step
         await self.reader.read(video, sampled.indices, work, multiple=per_step)
         return buffer.clips()
@@ -141,7 +143,7 @@ def needless_corrections(hf_config: Any) -> tuple[str, ...]:
 def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:
     """The server's video settings for one video. A rate takes the place of the server's
     ``nframes``, and ``max_frames`` bounds it too."""
-    mixed = {**values, **wish.given()}
+    mixed = {**values, **wish.numbers()}
     if wish.fps is not None:
         mixed.pop("nframes", None)
     elif wish.max_frames is not None and "nframes" in mixed:
