@@ -23,7 +23,7 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
-from pevlm_sglang.media import told
+from pevlm_sglang.media import limits, told
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
 from pevlm_sglang.media.slices import Reader, Work, all_of
@@ -342,12 +342,12 @@ class PlaceholderProcessor(VideoProcessor):
             self.settings.wished(self.heeded(video, wish))
             for video, wish in zip(loaded.videos, wishes, strict=True)
         ]
-        self.check_length(
-            sum(
-                self.video_tokens(len(self.geometry.indices(*length_and_rate(video), one)))
-                for video, one in zip(loaded.videos, settings, strict=True)
-            )
-        )
+        frames = [
+            len(self.geometry.indices(*length_and_rate(video), one))
+            for video, one in zip(loaded.videos, settings, strict=True)
+        ]
+        self.check_length(sum(map(self.video_tokens, frames)))
+        limits.limits.check_pixels(zip(frames, loaded.videos, strict=True), loaded.images)
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [

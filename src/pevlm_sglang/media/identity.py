@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 
@@ -53,6 +54,8 @@ def source_digest(video: Any) -> bytes | None:
     if isinstance(video, FrameArrays):
         return video.digest
     source = getattr(video, "_source", None)
+    if isinstance(source, Downloaded):  # made on the way
+        return source.digest
     with stage("hash"):
         if isinstance(source, bytes):
             return hashlib.sha256(source).digest()

@@ -28,7 +28,7 @@ from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import label_tokens, leave_labels
 from pevlm_sglang.families.tile_layout import num_tiles
-from pevlm_sglang.media import told
+from pevlm_sglang.media import limits, told
 from pevlm_sglang.media.identity import identity, pixels_digest
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
@@ -96,6 +96,7 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         )
         self.check_length(image_tiles * self.num_image_token)
         counts = self._counts(media, wishes, image_tiles, most_of["video"])
+        limits.limits.check_pixels(zip(counts, media.videos, strict=True), media.images)
         images = await all_of(
             self.reader.run(self._image, picture, most_of["image"]) for picture in media.images
         )
