@@ -363,15 +363,19 @@ def _around_forward(
     forward: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     serving = _Process.serving
-    timed = serving is not None and not runner.is_draft_worker
-    if not timed or not forward_batch.forward_mode.is_extend():
-        return forward(runner, forward_batch, *args, **kwargs)
-    from pevlm_sglang.attention.backend import PREFILL_MODES
-
-    if forward_batch.forward_mode not in PREFILL_MODES:
+    if serving is None or runner.is_draft_worker or not is_prefill(forward_batch.forward_mode):
         return forward(runner, forward_batch, *args, **kwargs)
     with serving.observer.prefill(forward_batch.input_ids.device):
         return forward(runner, forward_batch, *args, **kwargs)
+
+
+def is_prefill(mode: Any) -> bool:
+    """Whether a forward of SGLang's ``ForwardMode`` has a prompt's tokens."""
+    if not mode.is_extend():  # decode, which is asked most
+        return False
+    from pevlm_sglang.attention.backend import PREFILL_MODES
+
+    return mode in PREFILL_MODES
 
 
 def is_first_rank(parallel: Any) -> bool:

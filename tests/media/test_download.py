@@ -140,6 +140,7 @@ def test_a_file_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
     assert os.listdir(tmp_path) == []
     with open(file, "rb") as opened:
         assert opened.read() == CONTENT == file.read()
+    del opened  # which knows its name
     assert file.size == len(CONTENT)
     digest = hashlib.sha256(CONTENT).digest()
     assert source_digest(SimpleNamespace(_source=file)) == file.digest == digest
@@ -227,6 +228,7 @@ def test_redirects(monkeypatch: pytest.MonkeyPatch) -> None:
     limit(monkeypatch, redirects=2)
     file, seen = get("/a", **way)
     assert file.size == len(CONTENT)
+    del file
     assert [head.split(" ")[1] for head in seen.asked] == ["/a", "/b", "/c/d?e=f"]
     limit(monkeypatch, redirects=1)
     with pytest.raises(ValueError, match=r"at most 1 redirects \(--pevlm-max-redirects\)"):
@@ -360,11 +362,41 @@ def test_media_of_a_request(tmp_path: Any) -> None:
     assert asyncio.run(fetched(None, [])) == (None, [])
 
 
-def test_one_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = slowly(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+def test_a_request_s_files_end_with_it() -> None:
+    """Though an error, say, has kept them."""
+    kept: list[Any] = []
 
     async def run() -> None:
-        async with web(slow=slow, gone=answer(b"", "404 Not Found")) as seen:
+        async with web(clip=answer(), gone=slow_404) as seen:
+            _, videos = await fetched(None, [f"{seen.url}/clip"])
+            kept.append(videos)
+            assert os.path.isfile(videos[0])
+            with pytest.raises(ValueError, match="got 404") as error:
+                await fetched(None, [f"{seen.url}/clip", f"{seen.url}/gone"])
+            kept.append(error)
+
+    async def slow_404(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        await answer(b"", "404 Not Found")(writer)
+
+    before = nameless()
+    asyncio.run(run())
+    assert len(kept) == 2
+    assert nameless() == before
+
+
+def test_one_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = slowly(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    asked: list[str] = []
+
+    async def gone(writer: asyncio.StreamWriter) -> None:
+        while len(asked) < 2:
+            await asyncio.sleep(0.01)
+        await answer(b"", "404 Not Found")(writer)
+
+    async def run() -> None:
+        async with web(slow=slow, gone=gone) as seen:
+            seen.asked = asked
             with pytest.raises(ValueError, match="got 404"):
                 await fetched(None, [f"{seen.url}/slow", f"{seen.url}/gone"])
             await asyncio.wait_for(seen.hung_up.wait(), 2)

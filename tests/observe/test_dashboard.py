@@ -85,7 +85,7 @@ def test_documents_name_nothing_else() -> None:
         assert {n for n in named if n.startswith("pevlm_")} <= known, path
 
 
-@pytest.mark.parametrize(("title", "expression"), expressions())
+@pytest.mark.parametrize(("title", "expression"), list(expressions()))
 def test_the_dashboard_asks_for_what_there_is(title: str, expression: str) -> None:
     assert names(expression), title
     for name in names(expression):

@@ -1,8 +1,8 @@
 """Videos that come in stop nobody else's tokens: neither loop of a server works on pixels.
 
-On a CPU the vision tower and the prefill of a video are the scheduler's own work; elsewhere they are
-a GPU's. They are left out here: each video is sent once before, so that its tokens are in the prefix
-cache. What is left is all that the launcher and the scheduler do for a video besides.
+On a CPU the vision tower and the prefill of a video are the scheduler's own work; elsewhere they
+are a GPU's. They are left out here: each video is sent once before, so that its tokens are in the
+prefix cache. What is left is all that the launcher and the scheduler do for a video besides.
 """
 
 from __future__ import annotations

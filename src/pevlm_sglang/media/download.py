@@ -14,8 +14,9 @@ import hashlib
 import os
 import ssl
 import tempfile
+import weakref
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 from urllib.parse import urljoin, urlparse
 
@@ -35,13 +36,16 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 class Downloaded(str):
     """Path of a downloaded file. The file has no name, so that nothing is left of it, however this
-    process ends: it goes with the last reference to this object, which decoders have.
+    process ends: it goes with the last reference to this object, which decoders have, and at the
+    latest with its request.
 
     Attributes:
         size: bytes.
     """
 
+    size: int
     _file: Any
+    _hash: Any
 
     def __new__(cls) -> Self:
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by __del__)
@@ -71,14 +75,18 @@ class Downloaded(str):
     @property
     def digest(self) -> bytes:
         """SHA-256 of the file."""
-        return self._hash.digest()
+        digest: bytes = self._hash.digest()
+        return digest
 
     def read(self) -> bytes:
         """The whole file."""
         return os.pread(self._file.fileno(), self.size, 0)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Give its space back."""
         self._file.close()
+
+    __del__ = close
 
 
 async def fetched(images: Any, videos: Any) -> tuple[Any, Any]:
@@ -98,7 +106,8 @@ async def fetched(images: Any, videos: Any) -> tuple[Any, Any]:
     if not images and not videos:
         return images, videos
     images, videos = (list(media or ()) for media in (images, videos))
-    found = await all_of(_fetched(medium) for medium in (*images, *videos))
+    request = asyncio.current_task()
+    found = await all_of(_fetched(medium, request) for medium in (*images, *videos))
     pictures = found[: len(images)]
     if any(isinstance(_url(picture), Downloaded) for picture in pictures):
         pictures = [await asyncio.to_thread(_in_memory, picture) for picture in pictures]
@@ -106,11 +115,19 @@ async def fetched(images: Any, videos: Any) -> tuple[Any, Any]:
     return pictures or None, found[len(images) :] or None
 
 
-async def _fetched(medium: Any) -> Any:
+def _close(file: weakref.ref[Downloaded], _request: Any) -> None:
+    if (downloaded := file()) is not None:
+        downloaded.close()
+
+
+async def _fetched(medium: Any, request: Any) -> Any:
     url = _url(medium)
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         return medium
-    return _with(medium, await download(url))
+    file = await download(url)
+    # The traceback of an error may keep it longer than its request.
+    request.add_done_callback(partial(_close, weakref.ref(file)))
+    return _with(medium, file)
 
 
 def _url(medium: Any) -> Any:
@@ -197,9 +214,18 @@ async def _followed(url: str) -> Downloaded:
 async def _stored(response: aiohttp.ClientResponse) -> Downloaded:
     limits.limits.check_download(response.content_length or 0)
     file = await asyncio.to_thread(Downloaded)
-    async for piece in response.content.iter_chunked(_PIECE):
-        limits.limits.check_download(file.size + len(piece))
-        await asyncio.to_thread(file.write, piece)
+    try:
+        async for piece in response.content.iter_chunked(_PIECE):
+            limits.limits.check_download(file.size + len(piece))
+            writing = asyncio.ensure_future(asyncio.to_thread(file.write, piece))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait([writing])  # a thread writes on
+                raise
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

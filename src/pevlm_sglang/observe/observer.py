@@ -11,7 +11,7 @@ from typing import Any
 
 from pevlm_sglang.attention.plan import VirtualSequence
 from pevlm_sglang.layout import Layout, full_pairs
-from pevlm_sglang.observe.timing import BUCKETS, Timing
+from pevlm_sglang.observe.timing import BUCKETS, Timing, ended
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,23 @@ class Totals:
         }
 
 
-@dataclass
-class _Prefill:
-    """A prefill forward.
+class _Prefill(Timing):
+    """A prefill forward, without the vision tower.
 
     Attributes:
         kind: ``sparse`` with LOCAL tokens, else ``dense``.
         vision: runs of the tower in it.
     """
 
-    timing: Timing
-    kind: str = "dense"
-    vision: list[Timing] = field(default_factory=list)
+    def __init__(self, device: Any) -> None:
+        self.kind, self.vision = "dense", list[Timing]()
+        super().__init__(device)
+
+    @property
+    def seconds(self) -> float | None:
+        if (seconds := super().seconds) is None:
+            return None
+        return seconds - sum(run.seconds or 0.0 for run in self.vision)  # ended before it
 
 
 class Observer:
@@ -181,10 +186,10 @@ class Observer:
     @contextmanager
     def prefill(self, device: Any) -> Iterator[None]:
         """Time one prefill forward: the block, on a ``torch.device``."""
-        self._prefill = prefill = _Prefill(Timing(device))
+        self._prefill = prefill = _Prefill(device)
         yield
         self._prefill = None
-        prefill.timing.stop()
+        prefill.stop()
         self._prefills.append(prefill)
         self._add(Totals())
 
@@ -201,14 +206,11 @@ class Observer:
 
     def _add(self, delta: Totals) -> None:
         """What was counted, and the times that have become known."""
-        while self._runs and (seconds := self._runs[0].seconds) is not None:
-            self._runs.popleft()
+        for _, seconds in ended(self._runs):
             delta.vision_seconds += seconds
             if self._metrics:
                 self._metrics.vision.observe(seconds)
-        while self._prefills and (seconds := self._prefills[0].timing.seconds) is not None:
-            prefill = self._prefills.popleft()
-            seconds -= sum(run.seconds or 0.0 for run in prefill.vision)  # ended before it
+        for prefill, seconds in ended(self._prefills):
             delta.prefill_seconds += seconds
             if self._metrics:
                 self._metrics.prefill.labels(prefill.kind).observe(seconds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,3 +44,12 @@ class Timing:
             return self._seconds
         start, end = self._events
         return start.elapsed_time(end) / 1000 if end.query() else None
+
+
+T = TypeVar("T", bound=Timing)
+
+
+def ended(running: deque[T]) -> Iterator[tuple[T, float]]:
+    """Those that their device is done with, oldest first, and their seconds; they leave the rest."""
+    while running and (seconds := running[0].seconds) is not None:
+        yield running.popleft(), seconds
