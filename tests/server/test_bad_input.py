@@ -367,7 +367,7 @@ def test_counters(server: Server, clip: Callable[..., Path]) -> None:
         custom_params={"pevlm": {"sink_frames": 2, "block_frames": 2}},
     )
     tokens = answer["usage"]["prompt_tokens"]
-    grown = {name: value - before[name] for name, value in _counters(server).items()}
+    grown = {name: value - before.get(name, 0) for name, value in _counters(server).items()}
     assert grown['pevlm_prefill_tokens_total{kind="sparse",reason=""}'] == 8 * 12  # 2nd block on
     dense = 'pevlm_prefill_tokens_total{kind="dense",reason="global_token"}'
     assert grown[dense] == tokens - 8 * 12

@@ -50,6 +50,6 @@ T = TypeVar("T", bound=Timing)
 
 
 def ended(running: deque[T]) -> Iterator[tuple[T, float]]:
-    """Those that their device is done with, oldest first, and their seconds; they leave the rest."""
+    """Those that their device is done with, oldest first, and their seconds; the rest stays."""
     while running and (seconds := running[0].seconds) is not None:
         yield running.popleft(), seconds
