@@ -28,6 +28,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 VIDEOS = 8
 FRAMES = 64
 SIZE = (448, 336)  # 192 tokens a step of two frames, 115 MB of patches a video
+PAUSE = 0.03
+"""Seconds of the processor, of either loop. To hash, to copy or to unmap the patches of one video takes
+a loop 0.03 to 0.06; what it takes is measured in the processor's time, which other work on the machine
+leaves alone. Seconds by the wall are in the test's output: decoders share the cores with the model."""
 
 
 @pytest.fixture(scope="module")
@@ -124,5 +128,7 @@ def test_a_text_goes_on_beside_eight_videos(server: Server, videos: list[Path]) 
         + "; ".join(f"{gaps[len(gaps) // 2]:.4f} s, at most {gaps[-1]:.4f} s" for gaps in between)
         + f"; {quiet[loops.KEY]} {busy[loops.KEY]}; {cached}"
     )
+    assert min(cached) > 6000
     assert len(cached) == VIDEOS
     assert busy["pevlm"]["vision_runs"] == quiet["pevlm"]["vision_runs"]
+    assert max(busy[loops.KEY].values()) < PAUSE

@@ -1,16 +1,21 @@
-"""The way of pixels to the scheduler: a copy in shared memory, made in a thread.
+"""The way of pixels to the scheduler: a copy in shared memory, made in a thread, and given back in
+one.
 
 SGLang makes it on the launcher's event loop, where gigabytes stop every stream for a second
-(sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``).
+(sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``), and gives it back in the
+scheduler's loop, where a gigabyte takes a quarter of one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pevlm_sglang.media.stages import report, stage
+
+_freeing = ThreadPoolExecutor(1, "pevlm-freeing")
 
 
 async def send(
@@ -37,3 +42,16 @@ async def send(
         await asyncio.wait([copying])
         discard_shm_features(tokenized)
         raise
+
+
+def release(upstream: Callable[[Any], None], inputs: Any) -> None:
+    """Release a request's pixels in the scheduler, those on the host in a thread.
+
+    Args:
+        upstream: SGLang's ``MultimodalInputs.release_features``.
+        inputs: its ``MultimodalInputs``.
+    """
+    pixels = [item.feature for item in inputs.mm_items if getattr(item.feature, "is_cpu", False)]
+    upstream(inputs)
+    if pixels:
+        _freeing.submit(pixels.clear)
