@@ -22,6 +22,7 @@ import functools
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,20 +76,14 @@ class _Clock:
 
 
 _clock = _Clock()
-_forward: Any = None
-_attention: Any = None
-_vision: Any = None
+_forward, _attention, _vision = deque[Any](), deque[Any](), deque[Any]()
 _totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_steps": 0.0}
 
 
 def register() -> None:
     """SGLang's entry point, in each of its processes."""
-    global _forward, _attention, _vision
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pevlm_sglang.observe.observer import DeviceTimer
-
-    _forward, _attention, _vision = DeviceTimer(), DeviceTimer(), DeviceTimer()
     for target, hook in {
         f"{_DECODER}.__init__": _timed_decode,
         f"{_DECODER}.get_frames_at": _timed_decode,
@@ -121,6 +116,17 @@ async def _with_launchers_times(original: Callable[..., Any], *args: Any, **kwar
     return states
 
 
+@contextmanager
+def _timed(running: deque[Any], device: Any) -> Iterator[None]:
+    """Time the block on a ``torch.device``, without waiting for it."""
+    from pevlm_sglang.observe.timing import Timing
+
+    timing = Timing(device)
+    yield
+    timing.stop()
+    running.append(timing)
+
+
 def _timed_forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -128,7 +134,7 @@ def _timed_forward(
 
     if not forward_batch.forward_mode.is_extend():
         return original(runner, forward_batch, *args, **kwargs)
-    with _forward.measure(torch.device(runner.device)):
+    with _timed(_forward, torch.device(runner.device)):
         return original(runner, forward_batch, *args, **kwargs)
 
 
@@ -144,7 +150,7 @@ def _timed_attention(
 ) -> Any:
     if not forward_batch.forward_mode.is_extend():
         return original(layer, q, k, v, forward_batch, *args, **kwargs)
-    with _attention.measure(q.device):
+    with _timed(_attention, q.device):
         return original(layer, q, k, v, forward_batch, *args, **kwargs)
 
 
@@ -155,7 +161,7 @@ def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     def timed(items: list[Any]) -> Any:
         grids = (item.model_specific_data.get("video_grid_thw") for item in items)
         _totals["vision_steps"] += sum(int(grid[:, 0].sum()) for grid in grids if grid is not None)
-        with _vision.measure(kwargs["input_ids"].device):
+        with _timed(_vision, kwargs["input_ids"].device):
             return encode(items)
 
     # SGLang asks the method for its model (mm_schedule._can_skip_pre_embed_feature_move).
@@ -165,8 +171,9 @@ def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def _with_schedulers_times(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     output = original(*args, **kwargs)
-    _totals["forward"] += _forward.take()
-    _totals["attention"] += _attention.take()
-    _totals["vision"] += _vision.take()
+    from pevlm_sglang.observe.timing import ended
+
+    for name, running in (("forward", _forward), ("attention", _attention), ("vision", _vision)):
+        _totals[name] += sum(seconds for _, seconds in ended(running))
     output.internal_state[KEY] = dict(_totals)
     return output

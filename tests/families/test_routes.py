@@ -22,6 +22,7 @@ from PIL import Image
 
 from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry
+from pevlm_sglang.media import limits, slices
 from support.families import internvl_model, internvl_upstream, llava_video_tiny, longvila
 from support.processor import Processor, sglang_processor
 from support.tiny import make_tiny_model
@@ -178,6 +179,24 @@ def test_encoded(process: Any, clip: Path, route: str) -> None:
 
 def test_http(process: Any, clip: Path, http_url: str) -> None:
     check_same(process([http_url]), process([str(clip)]))
+
+
+def test_more_pixels_than_a_request_may_have(
+    process: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before any of them is decoded."""
+
+    def decoding(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(slices, "decoded", decoding)
+    exactly = FRAMES * 112 * 84
+    monkeypatch.setattr(limits, "limits", limits.Limits(request_pixels=exactly))
+    with pytest.raises(AssertionError, match="decoded"):
+        process([str(clip)])
+    monkeypatch.setattr(limits, "limits", limits.Limits(request_pixels=exactly - 1))
+    with pytest.raises(ValueError, match=rf"at most {exactly - 1} pixels .*, got {exactly};"):
+        process([str(clip)])
 
 
 @pytest.mark.parametrize("route", ARRAYS)

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("sglang")
 
@@ -129,6 +131,21 @@ def test_size_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "limits", of(max_frame_megapixels=1))
     with pytest.raises(ValueError, match=r"at most 1048576 pixels .--pevlm-max-frame-megapixels"):
         length_and_rate(Video(600))
+
+
+def test_pixels_of_a_request() -> None:
+    """Of all its media together, as they are in their files."""
+    checked = of(max_request_megapixels=10)
+    video, picture = Video(600), Image.new("RGB", (2048, 512))  # 2 and 1 of them
+    videos = [(2, video), (1, video)]
+    images = [picture, torch.zeros(3, 512, 2048), {"format": "processor_output"}]
+    checked.check_pixels(videos, [*images, picture, picture])
+    expected = (
+        r"at most 10485760 pixels .* \(--pevlm-max-request-megapixels\), got 11534336; ask for"
+    )
+    for much in ((videos, [picture] * 5), ([*videos, (2, video)], [torch.zeros(3, 512, 2048)])):
+        with pytest.raises(ValueError, match=expected):
+            checked.check_pixels(*much)
 
 
 # --- Hosts -----------------------------------------------------------------------------------

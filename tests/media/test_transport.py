@@ -92,6 +92,30 @@ def test_pixels_are_copied_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not exists(pointer)
 
 
+def test_pixels_are_given_back_in_a_thread() -> None:
+    """By the last who has them, whatever SGLang does with them before."""
+    where, released = [], []
+
+    class Pixels:
+        is_cpu = True
+
+        def __del__(self) -> None:
+            where.append(threading.current_thread())
+
+    inputs = SimpleNamespace(mm_items=[SimpleNamespace(feature=f) for f in (Pixels(), None)])
+
+    def upstream(inputs: Any) -> None:
+        released.append(inputs)
+        for item in inputs.mm_items:
+            item.feature = None
+
+    transport.release(upstream, inputs)
+    transport._freeing.submit(int).result()  # after it
+    assert released == [inputs]
+    assert len(where) == 1
+    assert where[0] is not threading.main_thread()
+
+
 def test_text_is_sent_at_once() -> None:
     sent: list[Any] = []
 

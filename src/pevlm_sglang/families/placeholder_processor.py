@@ -17,6 +17,7 @@ from sglang.srt.managers.schedule_batch import (
 
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import mark_continuing
+from pevlm_sglang.media import limits
 from pevlm_sglang.media.cache import Clips
 from pevlm_sglang.media.clips import Clip
 from pevlm_sglang.media.identity import identity
@@ -131,7 +132,9 @@ class PlaceholderProcessor(VideoProcessor):
             self.indices(video, self.settings.wished(wish), wish)
             for video, wish in zip(loaded.videos, heeded, strict=True)
         ]
-        self.check_length(sum(self.video_tokens(len(indices)) for indices in sampled))
+        frames = list(map(len, sampled))
+        self.check_length(sum(map(self.video_tokens, frames)))
+        limits.limits.check_pixels(zip(frames, loaded.videos, strict=True), loaded.images)
         kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
         alone = len(images) == 1 and not videos
         work: list[Coroutine[Any, Any, Medium]] = [

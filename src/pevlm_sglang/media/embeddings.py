@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.media import transport
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.seams import REMEDY, wrap
 
@@ -219,7 +220,7 @@ def install(holder: EmbeddingHolder) -> None:
     def release(release_features: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(self: Any) -> None:
             holder.release(self)
-            release_features(self)
+            transport.release(release_features, self)
 
         return corrected
 

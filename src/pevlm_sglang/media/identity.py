@@ -7,6 +7,7 @@ import os
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 
@@ -58,6 +59,8 @@ def source_digest(video: Any) -> bytes | None:
         with stage("hash"):
             return video.digest
     source = getattr(video, "_source", None)
+    if isinstance(source, Downloaded):  # made on the way
+        return source.digest
     with stage("hash"):
         if isinstance(source, bytes):
             return hashlib.sha256(source).digest()

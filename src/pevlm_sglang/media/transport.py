@@ -1,20 +1,24 @@
 """The way of pixels to the scheduler: those that are in shared memory already as another name of
-it, others as a copy, made in a thread.
+it, others as a copy, made in a thread; and given back in one.
 
 SGLang makes copies on the launcher's event loop, where gigabytes stop every stream for a second
-(sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``).
+(sglang/srt/managers/tokenizer_manager.py, ``_send_one_request``), and gives them back in the
+scheduler's loop, where a gigabyte takes a quarter of one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from pevlm_sglang.media import shared
 from pevlm_sglang.media.stages import report, stage
+
+_freeing = ThreadPoolExecutor(1, "pevlm-freeing")
 
 
 async def send(
@@ -54,3 +58,16 @@ def _in_shared_memory(tokenized: Any) -> None:
             if isinstance(item.feature, torch.Tensor):
                 item.feature = shared.pointer(item.feature) or item.feature
     mm_utils.wrap_shm_features(tokenized)
+
+
+def release(upstream: Callable[[Any], None], inputs: Any) -> None:
+    """Release a request's pixels in the scheduler, those on the host in a thread.
+
+    Args:
+        upstream: SGLang's ``MultimodalInputs.release_features``.
+        inputs: its ``MultimodalInputs``.
+    """
+    pixels = [item.feature for item in inputs.mm_items if getattr(item.feature, "is_cpu", False)]
+    upstream(inputs)
+    if pixels:
+        _freeing.submit(pixels.clear)

@@ -30,7 +30,7 @@ from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.spans import label_tokens, leave_labels, mark_continuing
 from pevlm_sglang.families.tile_layout import num_tiles
-from pevlm_sglang.media import told
+from pevlm_sglang.media import limits, told
 from pevlm_sglang.media.cache import Clips
 from pevlm_sglang.media.clips import whole
 from pevlm_sglang.media.identity import identity
@@ -97,6 +97,7 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         self.check_length(image_tiles * self.num_image_token)
         heeded = list(map(self.heeded, media.videos, wishes))
         counts = self._counts(media, heeded, image_tiles, most_of["video"])
+        limits.limits.check_pixels(zip(counts, media.videos, strict=True), media.images)
         images = await all_of(
             self.reader.run(self._image, picture, most_of["image"]) for picture in media.images
         )

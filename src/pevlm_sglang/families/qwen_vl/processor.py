@@ -29,6 +29,7 @@ from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
 from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
 from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, clip_buffer, normalization, sample
+from pevlm_sglang.media import limits
 from pevlm_sglang.media.cache import Clips
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
@@ -71,19 +72,22 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         sources, wishes = self.wishes(video_data)
         with stage("fetch"):
             loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
-        if loaded.videos:
-            # SGLang drops videos without a placeholder, which come last.
-            videos = await self._patched(loaded.videos, wishes[: len(loaded.videos)])
-            loaded.videos = videos.stand_ins()
+        # SGLang drops videos without a placeholder, which come last.
+        videos = loaded.videos or []
+        planned = list(map(self._planned, videos, wishes))
+        frames = [len(one.indices) for one in planned]
+        limits.limits.check_pixels(zip(frames, videos, strict=True), loaded.images or ())
+        if videos:
+            loaded.videos = (await self._patched(videos, planned)).stand_ins()
         return loaded
 
-    async def _patched(self, videos: Sequence[Any], wishes: Sequence[Wishes]) -> PatchedVideos:
-        """Sample, resize and patchify the videos of a prompt."""
-        planned = []
-        for video, wish in zip(videos, wishes, strict=True):
-            wish = self.heeded(video, wish)
-            settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
-            planned.append(sample(video, self.geometry, settings, wish))
+    def _planned(self, video: Any, wish: Wishes) -> Sampled:
+        wish = self.heeded(video, wish)
+        settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
+        return sample(video, self.geometry, settings, wish)
+
+    async def _patched(self, videos: Sequence[Any], planned: Sequence[Sampled]) -> PatchedVideos:
+        """Resize and patchify the sampled frames of a prompt's videos."""
         grids = [one.grid(self.geometry) for one in planned]
         merged = self.geometry.merge_size**2
         self.check_length(sum(prod(grid) // merged for grid in grids))
