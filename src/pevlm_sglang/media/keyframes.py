@@ -10,15 +10,15 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from pevlm_sglang.media.known import KnownVideo
 from pevlm_sglang.media.video_file import length_and_rate
 
 
 def keyframes(video: Any) -> list[int] | None:
     """Of SGLang's ``VideoDecoderWrapper``, or of what is known of a file: numbers of frames, as
     they are shown; None where its decoder does not tell."""
-    if isinstance(video, KnownVideo):
-        return None if video.facts.keys is None else list(video.facts.keys)
+    if hasattr(video, "keyframes"):  # known
+        known: list[int] | None = video.keyframes
+        return known
     from torchcodec import _core
 
     find = getattr(_core, "_get_key_frame_indices", None)

@@ -45,6 +45,7 @@ class KnownVideo(VideoDecoderWrapper):
     def __init__(self, source: Any, facts: Facts) -> None:
         self.source, self.facts = source, facts
         self.avg_fps, self.frame_shape = facts.rate, facts.shape
+        self.keyframes = None if facts.keys is None else list(facts.keys)
 
     def __len__(self) -> int:
         return self.facts.frames
