@@ -21,8 +21,6 @@ from pevlm_sglang.errors import UnsupportedError
 CHOSEN = "_pevlm_media_device"
 """Attribute of SGLang's server arguments: what :func:`choose` said in the launcher."""
 
-_FLAG = "--pevlm-media-device"
-
 
 def choose(asked: str, server_args: Any, *, able: bool) -> torch.device:
     """Where a server works on pixels.
@@ -40,11 +38,13 @@ def choose(asked: str, server_args: Any, *, able: bool) -> torch.device:
         return torch.device("cpu")
     if not able:
         raise UnsupportedError(
-            f"{_FLAG}: expected auto or cpu, this model's frames are preprocessed by transformers "
-            "on the CPU, got cuda"
+            "--pevlm-media-device: expected auto or cpu, this model's frames are preprocessed by "
+            "transformers on the CPU, got cuda"
         )
     if not there:
-        raise UnsupportedError(f"{_FLAG}: expected auto or cpu on a server without a GPU, got cuda")
+        raise UnsupportedError(
+            "--pevlm-media-device: expected auto or cpu on a server without a GPU, got cuda"
+        )
     return torch.device("cuda", server_args.base_gpu_id)
 
 
