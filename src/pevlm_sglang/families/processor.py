@@ -21,13 +21,11 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
-from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
 from sglang.srt.runtime_context import get_mm, get_model
 
 from pevlm_sglang.media import keyframes, pixel_device, told
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
-from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.media.slices import Reader, Work, all_of
 from pevlm_sglang.media.sources import SafeSources, check_processed
 from pevlm_sglang.media.stages import stage
@@ -60,19 +58,14 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
         self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
-        self.pixel_device = self._pixel_device()
-        self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
+        memory = self.config.media_memory_mb << 20
+        self.pixel_device = pixel_device.of_server(
+            server_args, memory, keep=self.keep_mm_features_on_device
+        )
+        self.reader = Reader(get_mm().mm_io_worker_num, memory)
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
         self._prompt_limit: int | None = None
-
-    def _pixel_device(self) -> PixelDevice | None:
-        """By what the server has chosen at its start."""
-        device = torch.device(getattr(self.server_args, pixel_device.CHOSEN, "cpu"))
-        if device.type == "cpu":
-            return None
-        kept = MM_FEATURE_CACHE_SIZE if self.keep_mm_features_on_device else 0
-        return PixelDevice(device, self.config.media_memory_mb << 20, kept)
 
     def shutdown(self) -> None:
         self.reader.shutdown()

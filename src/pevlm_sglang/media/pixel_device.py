@@ -105,3 +105,19 @@ class PixelDevice:
                 part = part.pin_memory()
             with self._working:
                 work(start, part.to(self.device, non_blocking=True))
+
+
+def of_server(server_args: Any, memory: int, *, keep: bool) -> PixelDevice | None:
+    """The device that :func:`choose` has chosen; None = the CPU.
+
+    Args:
+        server_args: SGLang's.
+        memory: bytes, see :class:`PixelDevice`.
+        keep: whether SGLang's transport takes features from there.
+    """
+    from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
+
+    device = torch.device(getattr(server_args, CHOSEN, "cpu"))
+    if device.type == "cpu":
+        return None
+    return PixelDevice(device, memory, MM_FEATURE_CACHE_SIZE if keep else 0)

@@ -301,18 +301,27 @@ def test_event_loop_goes_on(start: Start, clip: Callable[..., Path], name: str) 
 # --- On a device -----------------------------------------------------------------------------
 
 
-def test_server_chooses_the_device(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of SGLang's transport decides whether results stay there."""
+def test_processor_takes_the_device_that_was_chosen(
+    models: dict[str, Model], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether SGLang's transport takes features from there decides whether results stay."""
     from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
 
+    from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor
     from pevlm_sglang.media.pixel_device import CHOSEN
 
-    processor = start("qwen2_5_vl", video=FEW, pevlm={"media_memory_mb": 70}).sglang
-    assert processor.pixel_device is None
-    monkeypatch.setattr(processor.server_args, CHOSEN, "cuda:2", raising=False)
+    assert start("qwen2_5_vl").sglang.pixel_device is None
     for transport, kept in (("cpu", 0), ("cuda_ipc", MM_FEATURE_CACHE_SIZE)):
-        monkeypatch.setattr(processor, "mm_feature_transport", transport)
-        device = processor._pixel_device()
+        monkeypatch.setattr(QwenVLProcessor, "keep_mm_features_on_device", transport == "cuda_ipc")
+        model = models["qwen2_5_vl"]
+        with sglang_processor(
+            QwenVLProcessor,
+            model.config,
+            model.processor,
+            pevlm={"media_memory_mb": 70},
+            attributes={CHOSEN: "cuda:2"},
+        ) as processor:
+            device = processor.sglang.pixel_device
         assert device.device == torch.device("cuda", 2)
         assert (device._memory, device._room) == (70 << 20, kept)
 
