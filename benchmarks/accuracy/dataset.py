@@ -64,8 +64,8 @@ class Clip:
 
         Args:
             group: frames from a keyframe to the next. ``ANYWHERE`` = near the sampled frames, and
-                as far before as after them, up to half of what is between two; ``AT_CUTS`` =
-                where a scene begins.
+                as far before as after them, up to half of what is between two; ``AT_CUTS`` = where
+                a scene begins.
         """
         seed = self.split * 10**6 + len(self.world) * 10**3 + self.number
         path = directory / f"{len(self.world)}-{self.number}-every-{group}.mp4"

@@ -28,7 +28,8 @@ from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requ
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
 ALL = (
     *PER_REQUEST,
-    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb", "media_cache_mb"),
+    *("base_backend", "prefill_kernel", "video_resize", "media_device"),
+    *("media_memory_mb", "media_cache_mb"),
     *("media_paths", "max_source_mb", "max_video_seconds", "max_frame_megapixels"),
 )
 LONGEST_MESSAGE = 400
@@ -55,6 +56,7 @@ def test_defaults() -> None:
         "base_backend": "auto",
         "prefill_kernel": "auto",
         "video_resize": "uint8",
+        "media_device": "auto",
         "media_memory_mb": 512,
         "media_cache_mb": 4096,
         "media_paths": "",
@@ -92,6 +94,7 @@ def test_config_is_frozen() -> None:
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
         ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
         ({"video_resize": "uint9"}, "video_resize: expected one of uint8, float32, got 'uint9'"),
+        ({"media_device": "gpu"}, "media_device: expected one of auto, cpu, cuda, got 'gpu'"),
         ({"media_memory_mb": 63}, "media_memory_mb: expected >= 64, got 63"),
     ],
 )
@@ -356,6 +359,7 @@ FLAGS = {
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
     "video_resize": (("--pevlm-video-resize", "float32"), "float32"),
+    "media_device": (("--pevlm-media-device", "cpu"), "cpu"),
     "media_memory_mb": (("--pevlm-media-memory-mb", "64"), 64),
     "media_cache_mb": (("--pevlm-media-cache-mb", "0"), 0),
     "media_paths": (("--pevlm-media-paths", "/a:/b"), "/a:/b"),

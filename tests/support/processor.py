@@ -78,6 +78,7 @@ def sglang_processor(
     *,
     video: Mapping[str, Any] | None = None,
     pevlm: Mapping[str, Any] | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -87,6 +88,7 @@ def sglang_processor(
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
         pevlm: options of this plugin.
+        attributes: of the server's arguments, that the launcher leaves there.
     """
     from sglang.srt.runtime_context import get_context
 
@@ -95,6 +97,7 @@ def sglang_processor(
         mm_process_config={"video": dict(video or {})},
     ) as server_args:
         server_args._pevlm_config = PevlmConfig(**(pevlm or {}))
+        vars(server_args).update(attributes or {})
         with without_pinned_memory():
             processor: Any = processor_class(
                 hf_config, server_args, hf_processor, "default", skip_mm_pool=True

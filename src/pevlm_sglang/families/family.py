@@ -59,7 +59,7 @@ class Family:
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The video settings of a server that take effect, and what a request may say itself."""
         geometry = next(iter(self.sizes.PUBLISHED.values()))
-        return geometry.setting_names, tuple(geometry.limits(geometry.settings({})))
+        return geometry.setting_names, (*geometry.limits(geometry.settings({})), "frames")
 
     def corrected(self, hf_config: Any) -> tuple[str, ...]:
         """What is corrected for a model, in words."""

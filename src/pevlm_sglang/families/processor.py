@@ -18,7 +18,6 @@ from sglang.srt.managers.schedule_batch import (
     Modality,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
-from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
 from sglang.srt.runtime_context import get_mm, get_model
 
 from pevlm_sglang.layout import whole_steps
@@ -28,7 +27,6 @@ from pevlm_sglang.media.clips import ClipBuffer, Room
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, source_digest, stamp_of
 from pevlm_sglang.media.known import KnownVideo, KnownVideos
-from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.media.slices import Reader
 from pevlm_sglang.media.sources import SafeSources, check_processed
 from pevlm_sglang.media.stages import media_cache, stage
@@ -65,23 +63,19 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
         self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
-        self.pixel_device = self._pixel_device()
-        self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
+        memory = self.config.media_memory_mb << 20
+        self.pixel_device = pixel_device.of_server(
+            server_args,
+            memory,
+            keep=self.keep_mm_features_on_device and not self.config.media_cache_mb,
+        )
+        self.reader = Reader(get_mm().mm_io_worker_num, memory)
         self.cache = MediaCache(self.config.media_cache_mb << 20, media_cache)
         self._known = KnownVideos()
         self.clip_steps = whole_steps(self.config.block_frames, self.geometry.frames_per_step)
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
         self._prompt_limit: int | None = None
-
-    def _pixel_device(self) -> PixelDevice | None:
-        """By what the server has chosen at its start."""
-        device = torch.device(getattr(self.server_args, pixel_device.CHOSEN, "cpu"))
-        if device.type == "cpu":
-            return None
-        stay = self.keep_mm_features_on_device and not self.config.media_cache_mb
-        kept = MM_FEATURE_CACHE_SIZE if stay else 0
-        return PixelDevice(device, self.config.media_memory_mb << 20, kept)
 
     def shutdown(self) -> None:
         self.reader.shutdown()

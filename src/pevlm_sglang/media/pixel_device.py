@@ -24,8 +24,6 @@ from pevlm_sglang.media.clips import Room
 CHOSEN = "_pevlm_media_device"
 """Attribute of SGLang's server arguments: what :func:`choose` said in the launcher."""
 
-_FLAG = "--pevlm-media-device"
-
 
 def choose(asked: str, server_args: Any, *, able: bool) -> torch.device:
     """Where a server works on pixels.
@@ -43,11 +41,13 @@ def choose(asked: str, server_args: Any, *, able: bool) -> torch.device:
         return torch.device("cpu")
     if not able:
         raise UnsupportedError(
-            f"{_FLAG}: expected auto or cpu, this model's frames are preprocessed by transformers "
-            "on the CPU, got cuda"
+            "--pevlm-media-device: expected auto or cpu, this model's frames are preprocessed by "
+            "transformers on the CPU, got cuda"
         )
     if not there:
-        raise UnsupportedError(f"{_FLAG}: expected auto or cpu on a server without a GPU, got cuda")
+        raise UnsupportedError(
+            "--pevlm-media-device: expected auto or cpu on a server without a GPU, got cuda"
+        )
     return torch.device("cuda", server_args.base_gpu_id)
 
 
@@ -113,3 +113,19 @@ class PixelDevice:
                 part = part.pin_memory()
             with self._working:
                 work(start, part.to(self.device, non_blocking=True))
+
+
+def of_server(server_args: Any, memory: int, *, keep: bool) -> PixelDevice | None:
+    """The device that :func:`choose` has chosen; None = the CPU.
+
+    Args:
+        server_args: SGLang's.
+        memory: bytes, see :class:`PixelDevice`.
+        keep: whether SGLang's transport takes features from there.
+    """
+    from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
+
+    device = torch.device(getattr(server_args, CHOSEN, "cpu"))
+    if device.type == "cpu":
+        return None
+    return PixelDevice(device, memory, MM_FEATURE_CACHE_SIZE if keep else 0)

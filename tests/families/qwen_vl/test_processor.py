@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.settings.config import VIDEO_RESIZES
 from support.clips import whole
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
@@ -294,6 +296,77 @@ def test_event_loop_goes_on(start: Start, clip: Callable[..., Path], name: str) 
     began = time.perf_counter()
     pause = asyncio.run(eight())
     assert pause < max(0.15, (time.perf_counter() - began) / 20)  # what one video takes: an eighth
+
+
+# --- On a device -----------------------------------------------------------------------------
+
+
+def test_processor_takes_the_device_that_was_chosen(
+    models: dict[str, Model], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether SGLang's transport takes features from there decides whether results stay."""
+    from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
+
+    from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor
+    from pevlm_sglang.media.pixel_device import CHOSEN
+
+    assert start("qwen2_5_vl").sglang.pixel_device is None
+    for transport, kept in (("cpu", 0), ("cuda_ipc", MM_FEATURE_CACHE_SIZE)):
+        monkeypatch.setattr(QwenVLProcessor, "keep_mm_features_on_device", transport == "cuda_ipc")
+        model = models["qwen2_5_vl"]
+        with sglang_processor(
+            QwenVLProcessor,
+            model.config,
+            model.processor,
+            pevlm={"media_memory_mb": 70},
+            attributes={CHOSEN: "cuda:2"},
+        ) as processor:
+            device = processor.sglang.pixel_device
+        assert device.device == torch.device("cuda", 2)
+        assert (device._memory, device._room) == (70 << 20, kept)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_patches_of_a_device_reach_the_transport(
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kept: int,
+) -> None:
+    """As they were written, without a copy in between; and their room is given back. The CPU is in
+    the GPU's place, and SGLang's pool of GPU memory is one that takes a copy."""
+    processor = start(name, video=FEW)
+    device = PixelDevice(torch.device("cpu"), 1 << 20, kept)
+    processor.sglang.pixel_device = device
+    written: list[int] = []
+    sent: list[int] = []
+    empty = device.empty
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        written.append(made.data_ptr())
+        assert device._room < kept or not kept
+        return made
+
+    def wrap(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(device, "empty", watched)
+    if kept:
+        monkeypatch.setattr(processor.sglang, "mm_feature_transport", "cuda_ipc")
+        monkeypatch.setattr(processor.sglang, "use_cuda_ipc", True)
+        monkeypatch.setattr(processor.sglang, "_wrap_tensor_for_cuda_ipc", wrap)
+    video = clip(37, (202, 114), 7.5)
+    output = processor(PROMPT, [str(video)])
+    assert_same(output, reference(models[name], name, [(video, FEW)], PROMPT))
+    assert len(written) == 1
+    assert sent == (written if kept else [])
+    gc.collect()
+    assert device._room == kept
 
 
 # --- Settings of a request ----------------------------------------------------------------------
