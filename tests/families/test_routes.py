@@ -189,6 +189,7 @@ def test_more_pixels_than_a_request_may_have(
     def decoding(*_: Any) -> None:
         raise AssertionError("decoded")
 
+    process.func.sglang.cache.clear()
     monkeypatch.setattr(slices, "decoded", decoding)
     exactly = FRAMES * 112 * 84
     monkeypatch.setattr(limits, "limits", limits.Limits(request_pixels=exactly))

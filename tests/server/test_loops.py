@@ -30,9 +30,8 @@ FRAMES = 64
 SIZE = (448, 336)  # 192 tokens a step of two frames, 115 MB of patches a video
 PAUSE = 0.03
 """Seconds of the processor, of either loop. To hash, to copy or to unmap the patches of one video
-takes a loop 0.03 to 0.06; what it takes is measured in the processor's time, which other work on
-the machine leaves alone. Seconds by the wall are in the test's output: decoders share the cores
-with the model."""
+takes a loop 0.03 to 0.06. The processor's time is measured, which other work on the machine leaves
+alone; the test prints times by the wall, in which decoders share the cores with the model."""
 
 
 @pytest.fixture(scope="module")
