@@ -21,11 +21,12 @@ pytest.importorskip("prometheus_client")
 EXPORTED = """
 import json
 from prometheus_client import REGISTRY
-from pevlm_sglang.media.stages import _prometheus
+from pevlm_sglang.media.stages import _of_the_cache, _prometheus
 from pevlm_sglang.observe.observer import Observer
 
 Observer(log=False, metrics=True)
 _prometheus()
+_of_the_cache()
 metrics = {m.name: m for m in REGISTRY.collect() if m.name.startswith("pevlm_")}
 labels = {c._name: c._labelnames for c in set(REGISTRY._names_to_collectors.values())
           if getattr(c, "_name", "").startswith("pevlm_")}
