@@ -340,7 +340,7 @@ def test_patches_of_a_device_reach_the_transport(
 ) -> None:
     """As they were written, without a copy in between; and their room is given back. The CPU is in
     the GPU's place, and SGLang's pool of GPU memory is one that takes a copy."""
-    processor = start(name, video=FEW, pevlm={"media_cache_mb": 0})
+    processor = start(name, video=FEW, pevlm={"media_cache_mb": 0, "block_frames": 4})
     device = PixelDevice(torch.device("cpu"), 1 << 20, kept)
     processor.sglang.pixel_device = device
     written: list[int] = []
