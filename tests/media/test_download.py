@@ -307,7 +307,14 @@ def test_a_full_disk_is_the_server_s_fault(monkeypatch: pytest.MonkeyPatch) -> N
         def write(self, piece: Any) -> int:
             raise OSError(28, "No space left on device")
 
+    def none(**_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
     made = tempfile.TemporaryFile
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", none)
+        with pytest.raises(RuntimeError, match=r"stored in .*: Too many open files"):
+            get("/clip", clip=answer())
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **kwargs: Full(made(**kwargs)))
     with pytest.raises(RuntimeError, match=r"stored in .*: No space left on device; .*TMPDIR"):
         get("/clip", clip=answer())

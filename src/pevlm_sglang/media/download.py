@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
-import os
 import ssl
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Self
 from urllib.parse import urljoin, urlparse
@@ -34,6 +34,17 @@ _PIECE = 1 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
+@contextmanager
+def _on_the_server() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"a download could not be stored in {tempfile.gettempdir()}: {error.strerror}; make "
+            "room there, or set TMPDIR for the server"
+        ) from error
+
+
 class Downloaded(str):
     """Path of a downloaded file. The file has no name, so that nothing is left of it, however this
     process ends: it goes with the last reference to this object, which decoders have, and at the
@@ -48,7 +59,8 @@ class Downloaded(str):
     _hash: Any
 
     def __new__(cls) -> Self:
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by __del__)
+        with _on_the_server():
+            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by __del__)
         made = super().__new__(cls, f"/proc/self/fd/{file.fileno()}")
         made._file, made._hash, made.size = file, hashlib.sha256(), 0
         return made
@@ -62,14 +74,9 @@ class Downloaded(str):
         with stage("hash"):
             self._hash.update(piece)
         rest = memoryview(piece)
-        try:
+        with _on_the_server():
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise RuntimeError(
-                f"a download could not be stored in {tempfile.gettempdir()}: {error.strerror}; "
-                "make room there, or set TMPDIR for the server"
-            ) from error
         self.size += len(piece)
 
     @property
@@ -80,7 +87,8 @@ class Downloaded(str):
 
     def read(self) -> bytes:
         """The whole file."""
-        return os.pread(self._file.fileno(), self.size, 0)
+        with open(self, "rb") as file:
+            return file.read()
 
     def close(self) -> None:
         """Give its space back."""
