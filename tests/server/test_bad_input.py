@@ -86,6 +86,8 @@ def test_broken_video(
         ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
         ({"max_pixels": 3000}, "max_pixels: expected at least min_pixels, 3136 here, got 3000"),
         ({"max_pixels": 10**9}, "max_pixels: expected at most 602112, the server's limit"),
+        ({"frames": "all"}, "frames: expected 'keyframes', got 'all'"),
+        ({"frames": True}, "frames: expected a word, got true"),
         ({"max_image_tokens": 64}, "video max_image_tokens: expected one of fps, max_frames"),
         ({"max_tokens_per_frame": 64}, "video max_tokens_per_frame: expected one of fps"),
         ({"max_dynamic_patch": 2}, "max_dynamic_patch: expected none, this model cuts no picture"),
@@ -121,7 +123,7 @@ def test_a_wish_that_nobody_reads(
     assert name in answer
 
 
-@pytest.mark.parametrize("beside", ["fps", "max_frames", "max_pixels"])
+@pytest.mark.parametrize("beside", ["fps", "max_frames", "max_pixels", "frames"])
 def test_a_wish_beside_its_part(
     beside: str, ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]
 ) -> None:

@@ -2,17 +2,21 @@
 and refuse names there that nobody reads.
 
 SGLang passes ``fps`` and ``max_frames`` on and drops names that its request model does not declare.
-Before the HTTP server is built, ours are declared here and added to those that are passed on.
+Before the HTTP server is built, ours are declared here and added to those that are passed on. On
+``/generate``, SGLang passes on everything, but since 0.5.23 first looks for names that are not in a
+list of its own (sglang/srt/entrypoints/api_contract.py), which has ``max_pixels`` and not
+``frames``.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
-from pevlm_sglang.seams import REMEDY
+from pevlm_sglang.seams import REMEDY, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +62,36 @@ def offer_wishes() -> None:
             )
             return
         _declare([getattr(protocol, name) for name in _MODELS])
+    _admit_on_generate()
     for module in parsers:
         known = getattr(module, _KEYS)
         setattr(module, _KEYS, (*known, *(name for name in NAMES if name not in known)))
+
+
+def _admit_on_generate() -> None:
+    try:
+        from sglang.srt.entrypoints import api_contract
+    except ImportError:  # before 0.5.23
+        return
+
+    def admit(error: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+        def corrected(body: Any) -> str | None:
+            if isinstance(body, dict) and "video_data" in body:
+                body = {**body, "video_data": _without_frames(body["video_data"])}
+            return error(body)
+
+        return corrected
+
+    wrap(api_contract, "generate_contract_error", admit, parameters=("body",))
+
+
+def _without_frames(videos: Any) -> Any:
+    """What the entries of ``video_data`` say otherwise; a prompt of a batch has a list of them."""
+    if isinstance(videos, list):
+        return [_without_frames(video) for video in videos]
+    if isinstance(videos, dict) and isinstance(videos.get("frames"), str):
+        return {name: value for name, value in videos.items() if name != "frames"}
+    return videos
 
 
 def _declare(models: list[Any]) -> None:

@@ -574,7 +574,7 @@ body = {"model": "m", "messages": [
 message = ChatCompletionRequest.model_validate(body).messages[0].model_dump()
 videos = []
 process_content_for_template_format(message, "openai", [], videos, [], [])
-print(json.dumps(videos[0].preprocess_kwargs))
+print(json.dumps(videos[0].preprocess_kwargs), flush=True)
 part = body["messages"][0]["content"][0]
 for place, name, value in (
     (url, "max_pixels", "many"), (url, "max_frame", "many"), (part, "fps", "many"),
@@ -589,6 +589,14 @@ for place, name, value in (
         raise AssertionError(f"{name} passed")
     place.clear()
     place.update(before)
+from sglang.srt.entrypoints.http_server import generate_contract_error as error
+video = {"url": "a.mp4", "frames": "keyframes"}
+for data in (video, [video], [[video], ["b.mp4"]], "b.mp4", None):
+    assert error({"text": "a", "video_data": data}) is None, data
+for data in ({**video, "frames": 3}, {**video, "frame": "a"}):
+    assert error({"text": "a", "video_data": data}), data
+assert "unknown field `frames`" in error({"text": "a", "image_data": video})
+assert error([]) and error({"text": 3})
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     kwargs = json.loads(out.stdout.splitlines()[-1])
