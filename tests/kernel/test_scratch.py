@@ -153,3 +153,22 @@ def test_a_call_is_as_full_as_its_room(queries: int, keys: int, calls: int) -> N
     found = calls_of(plan, Room(queries, keys, paged=False))
     assert len(found) == calls
     assert max(len(call.slots) for call in found) <= keys
+
+
+@pytest.mark.parametrize(
+    ("width", "stored", "paged"),
+    [
+        (128, torch.bfloat16, True),
+        (112, torch.bfloat16, True),
+        (120, torch.bfloat16, False),
+        (144, torch.bfloat16, False),
+        (256, torch.bfloat16, False),
+        (128, torch.float8_e4m3fn, False),
+    ],
+)
+def test_which_keys_are_read_where_they_lie(width: int, stored: torch.dtype, paged: bool) -> None:
+    """Those that FlashAttention-4 takes pages of, and that need no conversion."""
+    q = torch.empty(1, 28, width, dtype=torch.bfloat16, device=META)
+    cache = torch.empty(9, 4, width, dtype=stored, device=META)
+    assert room_for(q, cache, paged=True).paged == paged
+    assert not room_for(q, cache, paged=False).paged
