@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry
@@ -323,6 +325,78 @@ def test_wish_for_frames_that_cannot_be_met(process: Any, clip: Path, frames: An
     for word in ("keyframe", "all", 3, True):
         with pytest.raises(ValueError, match="frames: expected 'keyframes', got"):
             process([{"url": str(clip), "frames": word}])
+
+
+@pytest.fixture
+def old_copy(process: Any, clip: Path, tmp_path: Path) -> Path:
+    """Of the clip, old enough to be known by what the file system says, on an empty cache."""
+    path = tmp_path / "old.mp4"
+    path.write_bytes(clip.read_bytes())
+    time.sleep(0.12)
+    process.func.sglang.clear_preprocess_cache()
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often frames were decoded, and files opened."""
+    seen = {"decoded": 0, "opened": 0}
+    decoded, opened = slices.decoded, VideoDecoderWrapper.__init__
+
+    def watched(*args: Any) -> Any:
+        seen["decoded"] += 1
+        return decoded(*args)
+
+    def open_it(*args: Any, **kwargs: Any) -> None:
+        seen["opened"] += 1
+        opened(*args, **kwargs)
+
+    monkeypatch.setattr(slices, "decoded", watched)
+    monkeypatch.setattr(VideoDecoderWrapper, "__init__", open_it)
+    return seen
+
+
+def test_what_is_prepared_stays_so(process: Any, old_copy: Path, counted: dict[str, int]) -> None:
+    """For its tenant, until it is flushed; and a known file is not opened."""
+    first = process([str(old_copy)])
+    once = dict(counted)
+    assert min(once.values()) > 0
+    check_same(process([str(old_copy)]), first)
+    assert counted == once
+    process([str(old_copy)], cache_salt="another")
+    assert counted["decoded"] == 2 * once["decoded"]
+    process([str(old_copy)], extra_key="another")
+    assert counted["decoded"] == 3 * once["decoded"]
+    process.func.sglang.clear_preprocess_cache()
+    check_same(process([str(old_copy)]), first)
+    assert counted["decoded"] == 4 * once["decoded"]
+
+
+def test_the_same_file_by_another_route(
+    process: Any, old_copy: Path, counted: dict[str, int]
+) -> None:
+    """Is opened to be known by its content, and decoded no more."""
+    first = process([str(old_copy)])
+    once = dict(counted)
+    check_same(process([old_copy.read_bytes()]), first)
+    assert counted == {"decoded": once["decoded"], "opened": once["opened"] + 1}
+
+
+def test_a_known_file_that_changes_before_it_is_read(
+    process: Any, old_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process([str(old_copy)])
+    processor = process.func.sglang
+    processor.cache.clear()  # known, and not prepared
+    content, opened = old_copy.read_bytes(), processor._opened
+
+    def replaced(video: Any) -> Any:
+        old_copy.write_bytes(content + b"another")
+        return opened(video)
+
+    monkeypatch.setattr(processor, "_opened", replaced)
+    with pytest.raises(ValueError, match="expected a file that stays as it is"):
+        process([str(old_copy)])
 
 
 def test_too_many_arrays(process: Any, frames: Any) -> None:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 )
 def test_under_the_interpreter(file: str, at_least: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", "triton"],
+        [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", file, "-k", "triton"],
         cwd=TESTS,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -445,6 +445,20 @@ def test_other_wishes_are_another_video_to_the_cache(
     assert hashed(fps=1) == hashed(fps=1, max_pixels=600_000)  # the same frames
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_longer_video_begins_with_the_same_clips(
+    start: Start, clip: Callable[..., Path], name: str
+) -> None:
+    """Of whole clips; and those that follow are new."""
+    frames = np.random.default_rng(0).integers(0, 256, (44, 84, 112, 3), np.uint8)
+    processor = start(name, video=FEW)
+    short, long = (
+        [item.hash for item in processor(PROMPT, [frames[:count]]).mm_items] for count in (36, 44)
+    )
+    assert (len(short), len(long)) == (3, 3)
+    assert [a == b for a, b in zip(short, long, strict=True)] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("server", "wish", "message"),
     [

@@ -119,7 +119,10 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         if patched_videos(base_output.videos) is not None:
             kwargs |= {"processor_video_config": {}, "video_metadata": None}
         self._at_hand.videos = patched_videos(base_output.videos)
-        items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
+        try:
+            items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
+        finally:
+            del self._at_hand.videos  # its pixels
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output
