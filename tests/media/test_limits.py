@@ -100,6 +100,21 @@ def test_what_is_no_path_is_left_alone() -> None:
 # --- Sizes -----------------------------------------------------------------------------------
 
 
+def test_every_limit_of_the_server_is_set() -> None:
+    """From its flag, and from nowhere else."""
+    options = {
+        "max_source_mb": 1,
+        "max_fetch_seconds": 2,
+        "max_redirects": 3,
+        "max_video_seconds": 4,
+        "max_frame_megapixels": 5,
+        "max_request_megapixels": 6,
+    }
+    mib = 1 << 20
+    assert of("/", **options) == Limits(("/",), False, mib, 2, 3, 4, 5 * mib, 6 * mib)
+    assert of(host=None) == Limits()
+
+
 def test_size_of_a_source(folder: Path) -> None:
     large, checked = b"x" * ((1 << 20) + 3), of("/", max_source_mb=1)
     path = folder / "large"
