@@ -17,6 +17,7 @@ of slots, a few kernels on a GPU, is most of it.
 - ``mixed``: what ``flash`` copies a layer of Qwen2.5-VL-7B for a chunk of 8192 tokens of a video
   beside 63 decode rows at 100k tokens; by the lengths, nothing is run.
 - ``layout``: once a request, when it arrives.
+- ``request``: all that a request costs the scheduler's loop then, by its steps: request_costs.py.
 - ``share``: the plan of one chunk beside the prefill that it is for, a Qwen2 decoder with random
   weights on Hugging Face's path under PEVLM (benchmarks/bench_llm_prefill.py), both measured at the
   same length: on a GPU at 100k tokens, on a CPU with a tiny model at fewer.
@@ -71,6 +72,7 @@ import torch
 import transformers
 from bench_llm_prefill import frames_of, make_model, noise
 from machine import card, seconds, summary
+from request_costs import REQUEST_HEADER, request_rows
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from workload import MODELS, QUESTION_TOKENS, SYSTEM_TOKENS, TOKENS_PER_FRAME, Prompt
@@ -422,6 +424,8 @@ def main() -> None:
         print(f"derived for {name}: at most {most:.2f} ms")
     print("\n" + MIXED_HEADER)
     mixed = mixed_rows()
+    print("\n" + REQUEST_HEADER)
+    requests = request_rows(CHUNK)
     print()
     transformers.logging.set_verbosity_error()
     huggingface.register()
@@ -438,6 +442,7 @@ def main() -> None:
         "limit": LIMIT,
         "plans": plans,
         "mixed": mixed,
+        "requests": requests,
         "share": share,
         "text": text,
     }

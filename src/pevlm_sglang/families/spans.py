@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -237,9 +238,10 @@ def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], clos
 def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
     """Group images in prompt order; a video between two images ends the run."""
     groups: list[list[Range]] = []
+    starts = sorted(video.start for video in videos)
     for image in images:
         end = groups[-1][-1][1] if groups else -math.inf
-        between = any(end <= video.start < image[0] for video in videos)
+        between = bisect_left(starts, end) < bisect_left(starts, image[0])
         if image[0] - end > IMAGE_RUN_GAP or between:
             groups.append([])
         groups[-1].append(image)

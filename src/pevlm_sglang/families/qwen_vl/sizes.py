@@ -50,7 +50,7 @@ class VideoSettings(Settings):
         resized_height, resized_width: of a sampled frame, in place of the bounds; both or none.
 
     Raises:
-        ValueError: see the base; one of the last two without the other; and frames that are no step.
+        ValueError: see the base; one of the last two without the other; too few frames for a step.
     """
 
     fps: float = 2.0
