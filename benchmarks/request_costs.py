@@ -12,7 +12,7 @@ apart the three things that the second consists of:
 
 A video of a step a frame, or of two frames a step, sink and blocks of one step: as many blocks as
 there can be. ``images`` is the worst that a request can ask for: pictures too far apart for a run,
-each a block of its own with all text before it in its sink.
+each a block of its own with all text before it in its sink; beyond a bound, that is refused.
 """
 
 from __future__ import annotations
@@ -122,25 +122,22 @@ def make_request(kind: Kind, steps: int) -> tuple[list[int], Any]:
 
 
 def request_row(name: str, steps: int, forward_tokens: int) -> dict[str, Any]:
-    """Microseconds of one request's hooks, the shortest of some calls.
-
-    Raises:
-        RuntimeError: the request is refused.
-    """
+    """Microseconds of one request's hooks, the shortest of some calls; ``refused`` has the reason
+    where the request is refused."""
     kind = KINDS[name]
     ids, inputs = make_request(kind, steps)
     images = name == "images"
     frames = kind.rule.frames_per_step
     wish = {"sink_frames": 0 if images else frames, "block_frames": frames, "image_runs": images}
-    params = SimpleNamespace(custom_params={"pevlm": wish})
+    row: dict[str, Any] = {"request": name, "steps": steps, "length": len(ids), "refused": None}
     request = SimpleNamespace(
-        sampling_params=params,
+        sampling_params=SimpleNamespace(custom_params={"pevlm": wish}),
         extra_key=None,
         session=None,
         to_finish=None,
         origin_input_ids=ids,
         multimodal_inputs=inputs,
-        set_finish_with_abort=_refused,
+        set_finish_with_abort=lambda reason: row.update(refused=reason),
     )
 
     def created() -> None:
@@ -152,22 +149,19 @@ def request_row(name: str, steps: int, forward_tokens: int) -> dict[str, Any]:
     rule_spans = partial(kind.rule.spans, inputs, ids, image_runs=images)
     sizes = {"sink_frames": config.sink_frames, "block_frames": config.block_frames}
     build = partial(Layout.build, rule_spans(), **sizes)
-    layout = build()
-    row = {"request": name, "steps": steps, "length": len(ids), "blocks": len(layout.blocks)}
-    return row | {
+    times = {
         "created_us": created_us,
-        "spans_us": _microseconds(rule_spans),
-        "layout_us": _microseconds(build),
-        # Without what the layout remembers.
-        "size_us": _microseconds(
-            lambda: _check_size(Layout(layout.blocks), len(ids), forward_tokens)
-        ),
         "queued_us": _microseconds(partial(on_queued, request, kind.rule, forward_tokens)),
+        "spans_us": _microseconds(rule_spans),
     }
-
-
-def _refused(reason: str) -> None:
-    raise RuntimeError(f"the request was refused: {reason}")
+    if row["refused"] is None:
+        blocks = build().blocks
+        row["blocks"] = len(blocks)
+        times["layout_us"] = _microseconds(build)
+        # A layout without what it remembers.
+        check = partial(_check_size, length=len(ids), forward_tokens=forward_tokens)
+        times["size_us"] = _microseconds(lambda: check(Layout(blocks)))
+    return row | times
 
 
 def _microseconds(function: Callable[[], Any], limit_s: float = 0.5, most: int = 50) -> float:
@@ -197,5 +191,7 @@ REQUEST_HEADER = f"{'request':12}{'steps':>7}{'tokens':>9}{'blocks':>8}" + "".jo
 
 
 def request_line(row: dict[str, Any]) -> str:
-    times = "".join(f"{row[f'{name}_us']:>12.1f}" for name in TIMES)
-    return f"{row['request']:12}{row['steps']:>7}{row['length']:>9}{row['blocks']:>8}{times}"
+    found = (row.get(f"{name}_us") for name in TIMES)
+    times = "".join(f"{'':12}" if us is None else f"{us:>12.1f}" for us in found)
+    blocks = row.get("blocks", "refused")
+    return f"{row['request']:12}{row['steps']:>7}{row['length']:>9}{blocks:>8}{times}"

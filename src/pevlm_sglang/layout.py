@@ -24,8 +24,8 @@ Range = tuple[int, int]
 """A half-open range of token positions in the expanded prompt, ``[start, end)``."""
 
 MOST_RANGES = 2**20
-"""Of sinks and extents of all blocks of a prompt. They grow with blocks times the videos before them:
-a hundred videos of a hundred blocks have half as many."""
+"""Of sinks and extents of all blocks of a prompt. They grow with blocks times videos before them: a
+hundred videos of a hundred blocks have half as many."""
 
 
 @dataclass(frozen=True)
@@ -298,12 +298,13 @@ class Layout:
         of ``length``. As :meth:`pieces` cuts them, without making their lists."""
         pieces: list[tuple[int, int, int]] = []  # start, end, keys
         sink: tuple[Range, ...] = ()
-        in_sink = 0
+        local = in_sink = 0
         for start, end, block in self._runs(0, length):
             keys = end
             if block is not None:
-                if block.sink is not sink:
-                    sink, in_sink = block.sink, sum(y - x for x, y in block.sink)
+                if block.sink is not sink:  # a video's: all before its end but for earlier blocks
+                    sink, in_sink = block.sink, block.sink[-1][1] - local if block.sink else 0
+                local += end - start
                 keys = in_sink + end - block.extent_start
             if keys == end and pieces and pieces[-1][1] == pieces[-1][2]:
                 start, *_ = pieces.pop()

@@ -112,6 +112,9 @@ DEPLOYMENTS = {
         ("--chunked-prefill-size", "257", "--dp-size", "2"),
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
     ),
+    "streaming_sessions": Deployment(
+        ("--chunked-prefill-size", "131", "--enable-streaming-session")
+    ),
     "two_stages": Deployment(
         ("--chunked-prefill-size", "131", "--pp-size", "2"),
         {

@@ -21,17 +21,24 @@ Clip = Callable[..., Path]
 pytestmark = pytest.mark.server
 
 families = pytest.mark.parametrize(
-    ("exchange", "video"),
+    ("exchange", "video", "streaming"),
     [
-        ("chunk_257", VIDEO),
-        ("longvila", longvila.VIDEO),
-        ("llava_video", "<video>"),
-        ("qwen3_vl", VIDEO),
-        ("internvl", internvl.VIDEO),
+        ("chunk_257", VIDEO, False),
+        ("longvila", longvila.VIDEO, False),
+        ("llava_video", "<video>", False),
+        ("streaming_sessions", VIDEO, True),
+        ("qwen3_vl", VIDEO, False),
+        ("internvl", internvl.VIDEO, False),
     ],
     indirect=["exchange"],
 )
-qwen = pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
+both = pytest.mark.parametrize(
+    ("exchange", "streaming"),
+    [("chunk_257", False), ("streaming_sessions", True)],
+    indirect=["exchange"],
+)
+ordinary = pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
+streams = pytest.mark.parametrize("exchange", ["streaming_sessions"], indirect=True)
 STOP = "<|im_end|>"
 TURN, END = "<|im_start|>user\n", f"{STOP}\n"
 QUESTION = f"Why?{END}<|im_start|>assistant\n"
@@ -129,9 +136,8 @@ def session(
 
 @families
 @pytest.mark.parametrize("setting", [SPARSE, None])
-@pytest.mark.parametrize("streaming", [False, True])
 def test_clip_after_clip(
-    exchange: Exchange, clip: Clip, video: str, setting: Setting | None, streaming: bool
+    exchange: Exchange, clip: Clip, video: str, streaming: bool, setting: Setting | None
 ) -> None:
     """Each is prefilled as it comes, and computed once."""
     with session(exchange, setting, streaming=streaming) as talk:
@@ -144,8 +150,7 @@ def test_clip_after_clip(
         assert answer.cached_tokens > answer.prompt_tokens // 2
 
 
-@qwen
-@pytest.mark.parametrize("streaming", [False, True])
+@both
 def test_answers_in_between(exchange: Exchange, clip: Clip, streaming: bool) -> None:
     """They see everything, and later clips see them as text before their sink."""
     with session(exchange, SPARSE, streaming=streaming) as talk:
@@ -157,7 +162,7 @@ def test_answers_in_between(exchange: Exchange, clip: Clip, streaming: bool) -> 
         talk.check(talk.append(f"{END}{TURN}{QUESTION}", new_tokens=3))
 
 
-@qwen
+@ordinary
 def test_questions_under_the_same_turn(exchange: Exchange, clip: Clip) -> None:
     """An ordinary session branches: each question sees the clips, and no other question."""
     with session(exchange, SPARSE) as talk:
@@ -168,20 +173,23 @@ def test_questions_under_the_same_turn(exchange: Exchange, clip: Clip) -> None:
             talk.check(talk.append(question, new_tokens=3))
 
 
-@qwen
+@ordinary
 def test_another_setting_in_a_later_turn(exchange: Exchange, clip: Clip) -> None:
-    """An ordinary session computes what another setting sees otherwise; a streaming one, whose
-    keys and values are its own, refuses it and goes on."""
+    """What it sees otherwise is computed anew."""
     with session(exchange, SPARSE) as talk:
         talk.append(f"{TURN}{VIDEO}{END}", clip(22))
         talk.setting = Setting(2, 6)
         answer = talk.append(QUESTION, new_tokens=3)
         talk.check(answer)
         assert answer.cached_tokens < 20
+
+
+@streams
+def test_another_setting_in_a_stream(exchange: Exchange, clip: Clip) -> None:
+    """Its keys and values are its own, so it is refused; the session goes on."""
     with session(exchange, SPARSE, streaming=True) as talk:
         talk.append(f"{TURN}{VIDEO}{END}", clip(22))
-        for other in (Setting(2, 6), None):
-            talk.setting = other
+        for talk.setting in (Setting(2, 6), None):
             reply = talk.post(QUESTION, new_tokens=3)
             assert reply.status_code == 400
             assert "this streaming session" in reply.text
@@ -189,7 +197,7 @@ def test_another_setting_in_a_later_turn(exchange: Exchange, clip: Clip) -> None
         talk.check(talk.append(QUESTION, new_tokens=3))
 
 
-@qwen
+@ordinary
 def test_an_offset_that_cuts_a_video(exchange: Exchange, clip: Clip) -> None:
     """HTTP 400, and the turn before it can still be asked."""
     with session(exchange, SPARSE) as talk:
