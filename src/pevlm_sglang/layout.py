@@ -296,24 +296,28 @@ class Layout:
     def most_keys(self, length: int, window: int) -> int:
         """Keys that the pieces of a forward list at most, of ``window`` tokens in a row of a prompt
         of ``length``. As :meth:`pieces` cuts them, without making their lists."""
-        pieces: list[tuple[int, int, int]] = []  # start, end, keys
-        sink: tuple[Range, ...] = ()
-        local = in_sink = 0
+        starts: list[int] = []
+        ends: list[int] = []
+        counts: list[int] = []
+        video, local, in_sink = -1, 0, 0
         for start, end, block in self._runs(0, length):
             keys = end
             if block is not None:
-                if block.sink is not sink:  # a video's: all before its end but for earlier blocks
-                    sink, in_sink = block.sink, block.sink[-1][1] - local if block.sink else 0
+                if block.video != video:  # its first block; all before is sink or earlier blocks
+                    video, in_sink = block.video, block.extent_start - local
                 local += end - start
                 keys = in_sink + end - block.extent_start
-            if keys == end and pieces and pieces[-1][1] == pieces[-1][2]:
-                start, *_ = pieces.pop()
-            pieces.append((start, end, keys))
+            if keys == end and ends and ends[-1] == counts[-1]:  # neighbours, both full
+                start = starts.pop()
+                del ends[-1], counts[-1]
+            starts.append(start)
+            ends.append(end)
+            counts.append(keys)
         most = listed = first = 0
-        for start, _, keys in pieces:
+        for start, keys in zip(starts, counts, strict=True):
             listed += keys
-            while pieces[first][1] - 1 + window <= start:
-                listed -= pieces[first][2]
+            while ends[first] - 1 + window <= start:
+                listed -= counts[first]
                 first += 1
             most = max(most, listed)
         return most

@@ -186,8 +186,9 @@ def labelled_videos(
     for item in filter(lambda item: item.is_video(), inputs.mm_items):
         steps = item_ranges(item)
         labels = _labels(item, len(steps))
+        pads = getattr(item, "pad_values", None) or (item.pad_value,)
         for step in steps:
-            _check_wrapped(step, item, inputs, ids, closing)
+            _check_wrapped(step, pads, inputs, ids, closing)
         rest = iter(steps)
         for count, label in labels:
             own = list(islice(rest, count))
@@ -216,16 +217,18 @@ def _labels(item: Any, steps: int) -> list[tuple[int, int]]:
     return found
 
 
-def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], closing: int) -> None:
+def _check_wrapped(
+    step: Range, pads: Sequence[int], inputs: Any, ids: Sequence[int], closing: int
+) -> None:
     """The stream must hold what the offset says: the opening token, the item's pads, the closing
     token, and as many after it as belong to the step."""
     start, end = step
-    pads = getattr(item, "pad_values", None) or (item.pad_value,)
     fits = 0 < start < end and end + closing - 1 < len(ids)
     if (
         not fits
         or (ids[start - 1], ids[end]) != (inputs.im_start_id, inputs.im_end_id)
-        or not {ids[start], ids[end - 1]} <= set(pads)
+        or ids[start] not in pads
+        or ids[end - 1] not in pads
     ):
         around = [ids[i] if 0 <= i < len(ids) else None for i in (start - 1, start, end - 1, end)]
         raise FrameSpanError(
