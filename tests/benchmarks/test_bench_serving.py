@@ -292,7 +292,7 @@ def test_graphs_of_a_server_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_URL", "http://there")
     monkeypatch.setenv("SERVER_GATE", "green")
     with (
-        pytest.raises(SystemExit, match="--cuda-graphs: expected none beside the server of"),
+        pytest.raises(SystemExit, match="--cuda-graphs: expected none beside SERVER_URL"),
         serving.running("tiny", graphs="full"),
     ):
         pass
