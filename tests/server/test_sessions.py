@@ -31,11 +31,13 @@ families = pytest.mark.parametrize(
         ("internvl", internvl.VIDEO, False),
     ],
     indirect=["exchange"],
+    scope="session",  # or each test starts its server
 )
 both = pytest.mark.parametrize(
     ("exchange", "streaming"),
     [("chunk_257", False), ("streaming_sessions", True)],
     indirect=["exchange"],
+    scope="session",  # or each test starts its server
 )
 ordinary = pytest.mark.parametrize("exchange", ["chunk_257"], indirect=True)
 streams = pytest.mark.parametrize("exchange", ["streaming_sessions"], indirect=True)
