@@ -10,7 +10,8 @@ between CUDA events on a GPU. ``/server_info`` then has the totals under ``inter
 - ``prepare``: from a request's arrival in the tokenizer process to its token ids and pixels;
   decoding is in it.
 - ``forward``: the prefill's forwards, metadata and vision tower among it.
-- ``attention``: the language model's layers of attention, writing keys and values among it.
+- ``attention``: the language model's layers of attention, writing keys and values among it; of a
+  prefill CUDA graph, where they run between its segments (breakable), and not where they are in it.
 - ``vision``, ``vision_steps``: the vision tower, and how many steps it encoded (a number).
 
 Nothing of it is part of the product.
@@ -24,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def register() -> None:
         f"{_MANAGER}._tokenize_one_request": _timed_preparation,
         f"{_MANAGER}.get_internal_state": _with_launchers_times,
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": _timed_forward,
-        "sglang.srt.layers.radix_attention.RadixAttention.forward": _timed_attention,
+        # Not RadixAttention's, which the replay of a graph passes by.
+        "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward": _timed_attention,
         "sglang.srt.managers.mm_utils.get_embedding_and_mask": _timed_vision,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _with_schedulers_times,
     }.items():
@@ -127,31 +129,36 @@ def _timed(running: deque[Any], device: Any) -> Iterator[None]:
     running.append(timing)
 
 
+def _measured(running: deque[Any], device: Any, mode: Any) -> AbstractContextManager[None]:
+    """Of prefills alone, and not while a graph is captured: an event in it has no time."""
+    import torch
+
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return nullcontext() if captured or not mode.is_extend() else _timed(running, device)
+
+
 def _timed_forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     import torch
 
-    if not forward_batch.forward_mode.is_extend():
-        return original(runner, forward_batch, *args, **kwargs)
-    with _timed(_forward, torch.device(runner.device)):
+    with _measured(_forward, torch.device(runner.device), forward_batch.forward_mode):
         return original(runner, forward_batch, *args, **kwargs)
 
 
 def _timed_attention(
     original: Callable[..., Any],
-    layer: Any,
+    backend: Any,
     q: Any,
     k: Any,
     v: Any,
+    layer: Any,
     forward_batch: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not forward_batch.forward_mode.is_extend():
-        return original(layer, q, k, v, forward_batch, *args, **kwargs)
-    with _timed(_attention, q.device):
-        return original(layer, q, k, v, forward_batch, *args, **kwargs)
+    with _measured(_attention, q.device, forward_batch.forward_mode):
+        return original(backend, q, k, v, layer, forward_batch, *args, **kwargs)
 
 
 def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

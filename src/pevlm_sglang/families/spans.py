@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -216,8 +217,9 @@ def labelled_videos(
         for item in filter(lambda item: item.is_video(), inputs.mm_items):
             steps = item_ranges(item)
             labels = _labels(item, len(steps))
+            pads = getattr(item, "pad_values", None) or (item.pad_value,)
             for step in steps:
-                _check_wrapped(step, item, inputs, ids, closing)
+                _check_wrapped(step, pads, inputs, ids, closing)
             rest = iter(steps)
             for count, label in labels:
                 own = list(islice(rest, count))
@@ -247,16 +249,18 @@ def _labels(item: Any, steps: int) -> list[tuple[int, int]]:
     return found
 
 
-def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], closing: int) -> None:
+def _check_wrapped(
+    step: Range, pads: Sequence[int], inputs: Any, ids: Sequence[int], closing: int
+) -> None:
     """The stream must hold what the offset says: the opening token, the item's pads, the closing
     token, and as many after it as belong to the step."""
     start, end = step
-    pads = getattr(item, "pad_values", None) or (item.pad_value,)
     fits = 0 < start < end and end + closing - 1 < len(ids)
     if (
         not fits
         or (ids[start - 1], ids[end]) != (inputs.im_start_id, inputs.im_end_id)
-        or not {ids[start], ids[end - 1]} <= set(pads)
+        or ids[start] not in pads
+        or ids[end - 1] not in pads
     ):
         around = [ids[i] if 0 <= i < len(ids) else None for i in (start - 1, start, end - 1, end)]
         raise FrameSpanError(
@@ -269,9 +273,10 @@ def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], clos
 def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
     """Group images in prompt order; a video between two images ends the run."""
     groups: list[list[Range]] = []
+    starts = sorted(video.start for video in videos)
     for image in images:
         end = groups[-1][-1][1] if groups else -math.inf
-        between = any(end <= video.start < image[0] for video in videos)
+        between = bisect_left(starts, end) < bisect_left(starts, image[0])
         if image[0] - end > IMAGE_RUN_GAP or between:
             groups.append([])
         groups[-1].append(image)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from pevlm_sglang.layout import FrameSpans
 from support.clips import whole
 from support.families.llava_video import LlavaVideoOracle, frames_of, pixels_of
 from support.families.llava_video_tiny import PLACEHOLDER_ID, make_tiny_model
-from support.video import write_video
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llava_video.txt"
 LAYOUTS = [
@@ -47,18 +45,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> LlavaVideoOracle:
     return LlavaVideoOracle(directory)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    base = tmp_path_factory.mktemp("videos")
-
-    @cache
-    def write(width: int = 112, height: int = 84) -> Path:
-        path = base / f"{width}x{height}.mp4"
-        return write_video(path, seconds=10, size=(width, height), seed=width)
-
-    return write
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ from support.families.longvila import (
     make_tiny_model,
     sample,
 )
-from support.video import write_video
 
 RULE = SpanRule(longvila, 1)
 GOLDEN = Path(__file__).parents[2] / "golden" / "longvila.txt"
@@ -48,19 +47,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> LongVilaOracle:
     return LongVilaOracle(directory)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    base = tmp_path_factory.mktemp("clips")
-
-    def write(seconds: float = 6, width: int = 112, height: int = 84) -> Path:
-        path = base / f"{seconds}-{width}x{height}.mp4"
-        if not path.exists():
-            write_video(path, seconds=seconds, size=(width, height), seed=width)
-        return path
-
-    return write
 
 
 @contextmanager
@@ -114,7 +100,7 @@ def test_ids_pixels_and_spans_are_the_reference_s(
     from PIL import Image
 
     image = Image.fromarray(picture)
-    videos = (clip(6, *size), clip(30, *size))
+    videos = (clip(*size), clip(*size, seconds=30))
     prompt = f"One {VIDEO}{IMAGE} two:\n{VIDEO}\n\nWhy?"
     out = process(prompt, map(str, videos), [image])
     expected = oracle.inputs(prompt, videos, [image])

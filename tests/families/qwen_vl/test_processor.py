@@ -557,6 +557,8 @@ def test_a_request_has_files_and_frames(start: Start, clip: Callable[..., Path])
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
         ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
         ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
+        ({"max_frames": 1}, "--mm-process-config: max_frames: expected at least 2 sampled frames"),
+        ({"nframes": 1}, "nframes: expected at least 2 sampled frames, got 1; this model sees 2 "),
     ],
 )
 def test_bad_settings_of_the_server(
@@ -567,7 +569,8 @@ def test_bad_settings_of_the_server(
 
     with pytest.raises(UnsupportedError, match=message):
         check_launch(models[name].config, video)
-    check_launch(models[name].config, {"fps": 1, "max_frames": 64})
+    for sound in ({"fps": 1, "max_frames": 64}, {"max_frames": 2}, {"nframes": 2}):
+        check_launch(models[name].config, sound)
 
 
 def test_our_wishes_of_a_chat_request() -> None:
