@@ -15,7 +15,7 @@ from support.isolated import INTERPRETED, run_module
     ("file", "at_least"), [("test_implementations.py", 80), ("test_packed.py", 20)]
 )
 def test_under_the_interpreter(file: str, at_least: int) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-k", "triton")
+    options = ("-xq", "-p", "no:cacheprovider", "-k", "triton")
     written = run_module("pytest", *options, f"kernel/{file}", env=INTERPRETED)
     found = re.search(r"(\d+) passed", written)
     assert found, written[-500:]

@@ -53,6 +53,10 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
             "PEVLM: --pevlm-sink-frames: expected --attention-backend pevlm beside it, got triton",
         ),
         (
+            ("--attention-backend", "pevlm", "--pevlm-media-device", "cuda"),
+            "PEVLM: --pevlm-media-device: expected auto or cpu on a server without a GPU, got cuda",
+        ),
+        (
             ("--decode-attention-backend", "pevlm"),
             "PEVLM: --decode-attention-backend pevlm: PEVLM changes prefill alone",
         ),

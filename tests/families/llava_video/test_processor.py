@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from pevlm_sglang.families.llava_video import spans as llava_video
+from pevlm_sglang.families.llava_video.spans import ENDS
 from pevlm_sglang.layout import FrameSpans
+from support.clips import whole
 from support.families.llava_video import LlavaVideoOracle, frames_of, pixels_of
 from support.families.llava_video_tiny import PLACEHOLDER_ID, make_tiny_model
 
@@ -102,8 +104,8 @@ def test_pil_resizes_where_nobody_says_otherwise(
 
 def check_ids_and_pixels(out: Any, inputs: Any, pixels: list[torch.Tensor]) -> None:
     assert out.input_ids == inputs["input_ids"][0].tolist()
-    for found, expected in zip(out.mm_items, pixels, strict=True):
-        torch.testing.assert_close(found.feature, expected, rtol=0, atol=1e-6)
+    for found, expected in zip(whole(out.mm_items), pixels, strict=True):
+        torch.testing.assert_close(found.pixels, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 16, 17, 63, 300])
@@ -236,7 +238,11 @@ def test_features_of_videos_and_pictures(model: tuple[Any, LlavaVideoOracle]) ->
     corrected, oracle = model
     frames = [picture(112, 84, seed) for seed in range(18)]  # more than the tower takes at once
     pixels = torch.stack([pixels_of(frame) for frame in frames])
-    items = [SimpleNamespace(feature=pixels), SimpleNamespace(feature=pixels[:1])]
+    items = [
+        SimpleNamespace(feature=pixels[:5], model_specific_data={ENDS: False}),
+        SimpleNamespace(feature=pixels[5:], model_specific_data={ENDS: True}),
+        SimpleNamespace(feature=pixels[:1], model_specific_data={}),
+    ]
     expected = torch.cat([oracle.video(frames), oracle.video(frames[:1])])
     with torch.no_grad():
         found = corrected.get_video_feature(items)
