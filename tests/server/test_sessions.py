@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import requests
 
-from support.exchange import TOKEN_IDS, TOLERANCE, VIDEO, Answer, Exchange, Question, read_answer
+from support.exchange import (
+    SHARP,
+    TOKEN_IDS,
+    TOLERANCE,
+    VIDEO,
+    Answer,
+    Exchange,
+    Question,
+    read_answer,
+)
 from support.families import internvl, longvila
 from support.oracle import Setting
 
@@ -102,8 +111,8 @@ class Session:
         self.answers |= {first + i: token for i, token in enumerate(answer.tokens)}
         self.text += STOP * len(answer.tokens)
 
-    def check(self, answer: Answer) -> None:
-        """Its log-probabilities are the oracle's of the whole conversation."""
+    def difference(self, answer: Answer, setting: Setting | None) -> float:
+        """The largest of a log-probability to the oracle's, of the whole conversation."""
         inputs = self.exchange.inputs(Question(self.text, self.videos))
         ids = inputs["input_ids"][0]
         if self.answers:
@@ -113,10 +122,13 @@ class Session:
             for place, token in self.answers.items():
                 ids[stops[place]] = token
         assert answer.prompt_tokens == len(ids)
-        expected = self.exchange.oracle.logprobs(inputs, self.setting, answer.tokens)
+        expected = self.exchange.oracle.logprobs(inputs, setting, answer.tokens)
         rows = expected[len(ids) - 1 : -1, list(TOKEN_IDS)]
         assert answer.logprobs.shape == rows.shape
-        assert float((answer.logprobs - rows).abs().max()) <= TOLERANCE
+        return float((answer.logprobs - rows).abs().max())
+
+    def check(self, answer: Answer) -> None:
+        assert self.difference(answer, self.setting) <= TOLERANCE
 
     def sparse_positions(self) -> int:
         """Tokens that attend to less than everything before them."""
@@ -148,6 +160,7 @@ def test_clip_after_clip(
             talk.append(f"{TURN}{video}{END}", clip(seconds, number))
         answer = talk.append(QUESTION, new_tokens=3)
         talk.check(answer)
+        assert talk.difference(answer, Setting(8, 4)) > SHARP
         assert exchange.totals()["sparse_tokens"] - before == talk.sparse_positions()
         assert answer.cached_tokens > answer.prompt_tokens // 2
 
