@@ -462,7 +462,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
-        ({}, {"frames": 3}, "video frames: expected one of fps, max_frames, max_pixels"),
+        ({}, {"length": 3}, "video length: expected one of fps, max_frames, max_pixels"),
     ],
 )
 def test_bad_wish(
