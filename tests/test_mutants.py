@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +15,10 @@ MUTANTS = list(mutants())
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.part}: {mutant.name}")
 def test_a_mutant_fits_the_code(mutant: Mutant) -> None:
-    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, (
-        "its old text is gone: write anew"
-    )
+    code = (ROOT / mutant.file).read_text()
+    assert code.count(mutant.old) == 1, "its old text is gone: write anew"
     assert mutant.new != mutant.old
+    ast.parse(code.replace(mutant.old, mutant.new))  # red by its fault, and not by its spelling
     assert mutant.tests
     for test in mutant.tests:
         file, _, name = test.partition("::")

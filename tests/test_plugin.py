@@ -57,3 +57,38 @@ def test_retracted_request_keeps_its_layout(
     plugin._before_add_request_to_queue(None, req, is_retracted=retracted)
     assert released == ["inputs"]
     assert queued == ([] if retracted else [req])
+
+
+@pytest.mark.parametrize("decoding", [None, [], ["a", "b"]])
+def test_decode_rows_are_those_of_the_batch_at_hand(
+    decoding: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang leaves None where a batch mixes nothing; those of the batch before are gone then."""
+    observer = SimpleNamespace(decode_rows=7)
+    monkeypatch.setattr(plugin._Process, "serving", SimpleNamespace(observer=observer))
+    plugin._after_forward_batch(None, object, SimpleNamespace(decoding_reqs=decoding))
+    assert observer.decode_rows == len(decoding or [])
+
+
+UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        "managers.scheduler.Scheduler.flush_cache",
+        *(
+            f"{UPDATER}.update_weights_from_{way}"
+            for way in ("disk", "distributed", "tensor", "ipc")
+        ),
+        f"{UPDATER}.release_memory_occupation",
+    ],
+)
+def test_embeddings_do_not_outlive_their_weights(
+    event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[bool] = []
+    holder = SimpleNamespace(forget=lambda: forgotten.append(True))
+    monkeypatch.setattr(plugin._Process, "serving", SimpleNamespace(holder=holder))
+    plugin._HOOKS[f"sglang.srt.{event}"].function(None)
+    assert forgotten == [True]

@@ -35,10 +35,11 @@ from machine import card, one_thread, summary, write_json  # noqa: E402
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED  # noqa: E402
 from pevlm_sglang.families.qwen_vl.video import (  # noqa: E402
     Patcher,
-    empty_patches,
+    clip_buffer,
     normalization,
     sample,
 )
+from pevlm_sglang.media.clips import new  # noqa: E402
 from pevlm_sglang.media.wishes import Wishes  # noqa: E402
 
 MODEL = Path(__file__).parent / "model"
@@ -54,12 +55,13 @@ def see(reader: Reader, path: Path, wish: Wishes) -> tuple[torch.Tensor, list[in
     video = VideoDecoderWrapper(str(path))
     sampled = sample(video, GEOMETRY, GEOMETRY.settings({"min_pixels": 3136}), wish)
     grid = sampled.grid(GEOMETRY)
-    patches = empty_patches([grid], GEOMETRY, torch.float32)[0]
+    buffer = clip_buffer(sampled, GEOMETRY, torch.float32, grid[0], new)
     norm = normalization(reader.processor.video_processor)
     frames = torch.as_tensor(video.get_frames_at(sampled.indices))
-    Patcher(patches, sampled, GEOMETRY, norm, exact=False)(0, frames)
+    Patcher(buffer, sampled, GEOMETRY, norm, exact=False)(0, frames)
+    (clip,) = buffer.clips()
     with torch.no_grad():
-        out = reader.model.model.visual(patches, torch.tensor([grid]), return_dict=True)
+        out = reader.model.model.visual(clip.pixels, torch.tensor([grid]), return_dict=True)
     features: torch.Tensor = out.pooler_output
     return features, sampled.indices
 

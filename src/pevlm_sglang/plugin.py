@@ -256,12 +256,18 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
-def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+def _around_generate_request(
+    generate_request: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
     if _Process.config is None:
-        return
+        return generate_request(manager, obj, *args, **kwargs)
     stages.begin()
     if hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
+    outputs = generate_request(manager, obj, *args, **kwargs)
+    if not (manager.enable_metrics and obj.contains_mm_input()):
+        return outputs
+    return stages.until_first_token(outputs, obj)
 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", "tokenized_obj")
@@ -318,7 +324,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if (install := family.load("install_in_scheduler")) is not None:
         install(architecture)
     embeddings.install(holder)
-    corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
+    corrections = (*family.corrected(hf_config), embeddings.EACH_STEP_ONCE)
     if hybrid:
         pass_on_vetoes(backend)
     _Process.serving = _Serving(
@@ -353,6 +359,26 @@ def _after_forward_batch(_result: Any, _cls: type, batch: Any, *args: Any, **kwa
     """Just before its forward. SGLang puts the decode rows of a mixed batch last."""
     if (serving := _Process.serving) is not None:
         serving.observer.decode_rows = len(getattr(batch, "decoding_reqs", None) or ())
+
+
+@_hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", "forward_batch")
+def _around_forward(
+    forward: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    serving = _Process.serving
+    if serving is None or runner.is_draft_worker or not is_prefill(forward_batch.forward_mode):
+        return forward(runner, forward_batch, *args, **kwargs)
+    with serving.observer.prefill(forward_batch.input_ids.device):
+        return forward(runner, forward_batch, *args, **kwargs)
+
+
+def is_prefill(mode: Any) -> bool:
+    """Whether a forward of SGLang's ``ForwardMode`` has a prompt's tokens."""
+    if not mode.is_extend():  # decode, which is asked most
+        return False
+    from pevlm_sglang.attention.backend import PREFILL_MODES
+
+    return mode in PREFILL_MODES
 
 
 def is_first_rank(parallel: Any) -> bool:

@@ -392,3 +392,10 @@ def test_tiles_cover_every_query_and_the_heavy_come_first(batch: Batch, block_m:
     assert sorted(covered) == [(s, q) for s, n in enumerate(plan.seqlens_q) for q in range(n)]
     assert keys == sorted(keys, reverse=True)
     assert plan.tiles(block_m) is tiles, "built once a forward"
+
+
+def test_tiles_of_sequences_that_are_no_multiple() -> None:
+    """A last tile holds what is left, if it is one query."""
+    plan, _ = random_plan([(5, 5), (4, 9), (1, 30), (9, 9)], num_slots=40)
+    heavy_first = [[2, 0], [1, 0], [3, 8], [3, 4], [0, 4], [0, 0], [3, 0]]
+    assert plan.tiles(4).tolist() == heavy_first

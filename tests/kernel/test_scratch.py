@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pevlm_kernels import PrefillPlan, flash
-from pevlm_kernels.flash_calls import SCRATCH_BYTES, TABLE_ENTRIES, calls_of, room_for
+from pevlm_kernels.flash_calls import SCRATCH_BYTES, TABLE_ENTRIES, Room, calls_of, room_for
 
 META = torch.device("meta")
 # (num_q_heads, num_kv_heads, head_dim): Qwen2.5-VL-7B's, and many key-value heads.
@@ -142,3 +142,33 @@ def test_a_chunk_of_a_video_is_one_call() -> None:
     q = torch.empty(1, 28, 128, dtype=torch.bfloat16, device=META)
     calls = calls_of(plan_of(VIDEO), room_for(q, q[:, :4], paged=True))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "calls"), [(2, 11, 1), (2, 10, 2), (1, 11, 2), (2, 6, 2), (2, 5, 3)]
+)
+def test_a_call_is_as_full_as_its_room(queries: int, keys: int, calls: int) -> None:
+    """To the key and to the query; a sequence of more keys than fit is cut."""
+    plan = plan_of([(1, 5, False), (1, 6, False)])
+    found = calls_of(plan, Room(queries, keys, paged=False))
+    assert len(found) == calls
+    assert max(len(call.slots) for call in found) <= keys
+
+
+@pytest.mark.parametrize(
+    ("width", "stored", "paged"),
+    [
+        (128, torch.bfloat16, True),
+        (112, torch.bfloat16, True),
+        (120, torch.bfloat16, False),
+        (144, torch.bfloat16, False),
+        (256, torch.bfloat16, False),
+        (128, torch.float8_e4m3fn, False),
+    ],
+)
+def test_which_keys_are_read_where_they_lie(width: int, stored: torch.dtype, paged: bool) -> None:
+    """Those that FlashAttention-4 takes pages of, and that need no conversion."""
+    q = torch.empty(1, 28, width, dtype=torch.bfloat16, device=META)
+    cache = torch.empty(9, 4, width, dtype=stored, device=META)
+    assert room_for(q, cache, paged=True).paged == paged
+    assert not room_for(q, cache, paged=False).paged

@@ -346,6 +346,16 @@ def test_same_video_of_two_requests(start: Start, runs: list[int]) -> None:
     assert scheduler.holder.num_bytes == 0
 
 
+def test_two_cut_requests_of_a_batch(start: Start) -> None:
+    """Each finds its own, whatever its place in the batch."""
+    scheduler = start()
+    first, second = (Request.of(Medium([40])) for _ in range(2))
+    scheduler.forward((first, 0, 30), (second, 0, 20))
+    scheduler.forward((second, 20, 30), (first, 30, 40))
+    scheduler.forward((first, 40, len(first.ids)), (second, 30, len(second.ids)))
+    assert len(scheduler.model.runs) == 1  # both in one
+
+
 def test_a_cut_just_before_a_video_holds_nothing(start: Start) -> None:
     """Though a neighbour of the batch has encoded it."""
     scheduler = start()
@@ -411,6 +421,17 @@ def test_eviction_from_upstream_cache_does_not_matter(start: Start) -> None:
     scheduler.forward((long, 20, 30), (other, 0, len(other.ids)))
     scheduler.forward((long, 30, len(long.ids)))
     assert len(scheduler.model.runs) == 2
+
+
+def test_eviction_of_what_another_request_encoded_does_not_matter(start: Start) -> None:
+    """What upstream's cache served to the first chunk is held as what was encoded for it."""
+    scheduler = start(cache_bytes=MEGABYTE)
+    first, again = (Request.of(Medium([40], identity=12)) for _ in range(2))
+    scheduler.prefill(first, 100)
+    scheduler.forward((again, 0, 20))
+    mm_schedule.embedding_cache.clear()
+    scheduler.forward((again, 20, len(again.ids)))
+    assert len(scheduler.model.runs) == 1
 
 
 @pytest.mark.parametrize("cache_bytes", [0, MEGABYTE])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from pevlm_sglang.errors import UnsupportedError
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
-from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, empty_patches, frame_bytes
+from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, clip_buffer, frame_bytes
+from pevlm_sglang.media.clips import ClipBuffer, new
 from pevlm_sglang.media.pixel_device import PixelDevice, choose
 
 CPU = torch.device("cpu")
@@ -41,17 +43,24 @@ def frames(count: int, size: tuple[int, int]) -> torch.Tensor:
     return made.to(torch.uint8)
 
 
+def buffer(sampled: Sampled, device: PixelDevice | None = None) -> ClipBuffer:
+    """Of one clip."""
+    room = new if device is None else partial(device.empty, otherwise=new)
+    return clip_buffer(sampled, GEOMETRY, torch.float32, 1000, room)
+
+
 def patches(
     video: torch.Tensor, after: tuple[int, int], device: PixelDevice | None, *, exact: bool
 ) -> torch.Tensor:
     """Of slices of 6 frames, as grey levels."""
     sampled = Sampled([*range(len(video))], after, {})
-    made, out = empty_patches([sampled.grid(GEOMETRY)], GEOMETRY, torch.float32, device)
+    out = buffer(sampled, device)
     levels = torch.zeros(3), torch.ones(3)
     patcher = Patcher(out, sampled, GEOMETRY, levels, exact=exact, device=device)
     for start in range(0, len(video), 6):
         patcher(start, video[start : start + 6])
-    return made
+    (clip,) = out.clips()
+    return clip.pixels
 
 
 @pytest.mark.parametrize("memory", [1, 200_000, 64 * MIB])
@@ -103,7 +112,7 @@ def test_work_fits_what_is_reckoned_for_it(size: Any, exact: bool) -> None:
     video = frames(6, before)
     each = frame_bytes(before, after, exact=exact)
     sampled = Sampled([*range(6)], after, {})
-    out = empty_patches([sampled.grid(GEOMETRY)], GEOMETRY, torch.float32)[1]
+    out = buffer(sampled)
     levels = torch.zeros(3), torch.ones(3)
     for count in (2, 6):
         device = PixelDevice(CPU, count * each)
@@ -153,7 +162,7 @@ def test_results_stay_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> No
     device = PixelDevice(meta, 100, kept=100)
 
     def stays(rows: int) -> torch.Tensor | None:
-        made = device.empty(rows, 5, torch.float32)
+        made = device.empty((rows, 5), torch.float32, new)
         return made if made.device == meta else None
 
     first = stays(3)
@@ -173,9 +182,9 @@ def test_results_stay_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
-            device.empty(5, 5, torch.float32)
+            device.empty((5, 5), torch.float32, new)
     assert stays(5) is not None
-    assert PixelDevice(meta, 100).empty(1, 1, torch.float32).device == CPU
+    assert PixelDevice(meta, 100).empty((1, 1), torch.float32, new).device == CPU
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:

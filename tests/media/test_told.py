@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,3 +29,21 @@ def test_what_nobody_reads(fields: dict[str, Any]) -> None:
 def test_what_sglang_says_itself() -> None:
     config = {"_question": "of the chat"}
     told.check(GenerateReqInput(text="a", video_config=config, use_audio_in_video=False))
+
+
+@pytest.mark.parametrize("name", ["max_dynamic_patch", "video_max_dynamic_patch"])
+@pytest.mark.parametrize("tiles", [0, -1, 13, 2.0, True, "1"])
+def test_tiles_out_of_bounds(name: str, tiles: Any) -> None:
+    request = SimpleNamespace(**{name: tiles})
+    with pytest.raises(ValueError, match=f"{name}: expected 1 to 12 tiles, .*got {tiles!r}"):
+        told.most_tiles(request, "video", 1, 12)
+    with pytest.raises(ValueError, match=f"{name}: expected none, this model cuts no picture"):
+        told.most_tiles(request, "video", 1, 0)
+
+
+def test_tiles() -> None:
+    """What is said of a kind counts, of another kind not."""
+    both = SimpleNamespace(max_dynamic_patch=12, video_max_dynamic_patch=1)
+    assert told.most_tiles(both, "video", 6, 12) == 1
+    assert told.most_tiles(both, "image", 6, 12) == 12
+    assert told.most_tiles(SimpleNamespace(), "image", 6, 12) == 6

@@ -65,6 +65,10 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
             "PEVLM: --mm-process-config: video setting frames: expected one of fps, nframes",
         ),
         (
+            ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"nframes": 1}}'),
+            "PEVLM: --mm-process-config: nframes: expected at least 2 sampled frames, got 1; this",
+        ),
+        (
             ("--attention-backend", "pevlm", "--pevlm-config", "/nowhere.yaml"),
             "PEVLM: pevlm config /nowhere.yaml: cannot be read",
         ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,10 +36,9 @@ TOLERANCE = 2e-5  # fp32, a hidden size of 64
 @torch.no_grad()
 def main(base: str, *kernels: str) -> None:
     emulated_kernels.install(base)
-    worst = 0.0
     summary: dict[str, Any] = {"base": base, "taken": {}}
-    dense = list(dense_cases(base))
-    worst = max(worst, *dense)
+    dense = _within(dense_cases(base), "dense")
+    worst = max(dense)
     summary["dense"] = len(dense)
     for kernel in kernels:
         fixture = _fixture(_kit().make_dense_cases(base)[0], kernel)
@@ -48,11 +47,19 @@ def main(base: str, *kernels: str) -> None:
         if takes_fp8(base, taken):
             kinds |= {"fp8": fp8_cases, "unscaled": unscaled_cases}
         for kind, cases in kinds.items():
-            errors = list(cases(base, taken))
+            errors = _within(cases(base, taken), f"{kernel}, {kind}")
             summary[kind] = summary.get(kind, 0) + len(errors)
             worst = max([worst, *errors])
     print(json.dumps({**summary, "max_error": worst}))
-    assert worst <= TOLERANCE, f"largest error {worst} > {TOLERANCE}"
+
+
+def _within(errors: Iterable[float], kind: str) -> list[float]:
+    """The errors of cases; the first that is too large ends them."""
+    found = []
+    for number, error in enumerate(errors, 1):
+        assert error <= TOLERANCE, f"{kind}, case {number}: error {error} > {TOLERANCE}"
+        found.append(error)
+    return found
 
 
 def dense_cases(base: str) -> Any:

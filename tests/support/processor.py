@@ -28,18 +28,20 @@ class Processor:
     def __init__(self, processor: Any) -> None:
         self.sglang = processor
 
-    def __call__(self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()) -> Any:
-        """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``."""
+    def __call__(
+        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = (), **fields: Any
+    ) -> Any:
+        """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``,
+        ``fields`` further ones of a request."""
         with without_pinned_memory():
-            return asyncio.run(self.process(text, videos, images))
+            return asyncio.run(self.process(text, videos, images, **fields))
 
     async def process(
-        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()
+        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = (), **fields: Any
     ) -> Any:
         """The same, on a loop that runs."""
-        request = SimpleNamespace(
-            image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
-        )
+        media = {"image_data": [*images] or None, "video_data": [*videos] or None}
+        request = SimpleNamespace(**media, audio_data=None, rid="test", **fields)
         return await self.sglang.process_mm_data_async(
             image_data=request.image_data, input_text=text, request_obj=request
         )

@@ -14,8 +14,11 @@ from pevlm_sglang.media.video_file import length_and_rate
 
 
 def keyframes(video: Any) -> list[int] | None:
-    """Of SGLang's ``VideoDecoderWrapper``: numbers of frames, as they are shown; None where its
-    decoder does not tell."""
+    """Of SGLang's ``VideoDecoderWrapper``, or of what is known of a file: numbers of frames, as
+    they are shown; None where its decoder does not tell."""
+    if hasattr(video, "keyframes"):  # known
+        known: list[int] | None = video.keyframes
+        return known
     from torchcodec import _core
 
     find = getattr(_core, "_get_key_frame_indices", None)

@@ -1,7 +1,8 @@
 """The GPU on which slices of a video are resized, normalised and cut in patches.
 
 A slice goes up once, as uint8. What is made of it comes back once; or it stays, where SGLang's
-transport takes features from the GPU (``--mm-feature-transport cuda_ipc``). At a time there are at
+transport takes features from the GPU (``--mm-feature-transport cuda_ipc``) and nothing is kept for
+the next question (``--pevlm-media-cache-mb 0``). At a time there are at
 most as many bytes of slices, with all that is made on the way, as the server decodes into
 (``--pevlm-media-memory-mb``), and at most as many bytes of results as SGLang's own pool for them
 has (``SGLANG_MM_FEATURE_CACHE_MB``): what is larger would not find room there.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from math import prod
 from threading import Lock
 from typing import Any
 
 import torch
 
 from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.media.clips import Room
 
 CHOSEN = "_pevlm_media_device"
 """Attribute of SGLang's server arguments: what :func:`choose` said in the launcher."""
@@ -62,19 +65,24 @@ class PixelDevice:
         self._memory, self._room = memory, kept
         self._working, self._counting = Lock(), Lock()
 
-    def empty(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Where a result is written: on the device while it has room, else in the host's memory."""
-        size = rows * columns * dtype.itemsize
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, otherwise: Room) -> torch.Tensor:
+        """Where a result is written: on the device while it has room, else in the host's memory.
+
+        Args:
+            otherwise: gives that.
+        """
+        size = prod(shape) * dtype.itemsize
         with self._counting:
             stays = size <= self._room
             self._room -= size * stays
+        if not stays:
+            return otherwise(shape, dtype)
         try:
-            made = torch.empty(rows, columns, dtype=dtype, device=self.device if stays else "cpu")
+            made = torch.empty(shape, dtype=dtype, device=self.device)
         except BaseException:
-            self._give(size * stays)
+            self._give(size)
             raise
-        if stays:  # views of it hold its storage
-            weakref.finalize(made.untyped_storage(), self._give, size)
+        weakref.finalize(made.untyped_storage(), self._give, size)  # views of it hold that
         return made
 
     def _give(self, size: int) -> None:

@@ -81,7 +81,11 @@ class PevlmConfig:
         least=64,
         per_request=False,
     )
-
+    media_cache_mb: int = _option(
+        4096,
+        "videos that stay prepared in shared memory for the next question, in MiB; 0 = none",
+        per_request=False,
+    )
     media_paths: str = _option(
         "",
         "directories, with colons between them, below which requests may name files; empty = all "
@@ -90,16 +94,27 @@ class PevlmConfig:
     )
     max_source_mb: int = _option(
         4096,
-        "of a file, or of media inside a request, in MiB",
+        "of a file, of a download, or of media inside a request, in MiB; a download's size is "
+        "bounded by SGLang's --media-url-max-file-size-mb too",
         least=1,
         per_request=False,
     )
+    max_fetch_seconds: int = _option(
+        60, "of a download, redirects included", least=1, per_request=False
+    )
+    max_redirects: int = _option(5, "of a download", per_request=False)
     max_video_seconds: int = _option(
         14_400, "of a video, whose sampled frames are decoded", least=1, per_request=False
     )
     max_frame_megapixels: int = _option(
         64,
         "of a video's frame before its resize, x 1,048,576",
+        least=1,
+        per_request=False,
+    )
+    max_request_megapixels: int = _option(
+        16_384,
+        "of all sampled frames and images of a request before their resize, x 1,048,576",
         least=1,
         per_request=False,
     )

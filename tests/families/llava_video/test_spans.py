@@ -66,6 +66,11 @@ def test_videos_split_into_frames(shapes: list, layout: tuple, random: Any) -> N
     assert [[range(*step) for step in video.steps] for video in found] == expected
 
 
+def test_a_newline_after_a_video_is_its_last_frame_s() -> None:
+    [video] = spans(item("VIDEO", [(3, 15)], 3))
+    assert video.steps == ((3, 7), (7, 11), (11, 16))
+
+
 def test_frames_of_a_list_are_one_video() -> None:
     """Text of the chat template between them belongs to none of them."""
     found = spans(*(item("VIDEO", [(3 + 14 * i, 14 + 14 * i)]) for i in range(4)))

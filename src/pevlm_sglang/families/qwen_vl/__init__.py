@@ -41,7 +41,6 @@ QWEN2_VL = Family(
         ),
     },
     processor="qwen_vl.processor:QwenVLProcessor",
-    install="qwen_vl.video_hash:install",
     needless="qwen_vl.processor:needless_corrections",
     install_in_scheduler="qwen_vl.tower:install",
     gpu_pixels=True,
@@ -58,6 +57,5 @@ QWEN3_VL = dataclasses.replace(
         "Qwen3VLForConditionalGeneration": VIDEO,
         "Qwen3VLMoeForConditionalGeneration": VIDEO,
     },
-    install=None,
     install_in_scheduler=None,
 )

@@ -6,7 +6,6 @@ that no other copy of the video exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
 from pevlm_sglang.media import keyframes
+from pevlm_sglang.media.clips import ClipBuffer, Room
 from pevlm_sglang.media.fixed_point import bicubic, work_bytes
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.pixel_device import PixelDevice
@@ -118,7 +118,7 @@ class Patcher:
     """Writes slices of a video into the vision tower's input.
 
     Args:
-        out: ``[patches, 3 * frames_per_step * patch_size²]``, of this video.
+        out: of this video, a step ``[patches, 3 * frames_per_step * patch_size²]``.
         sampled: the video.
         normalization: see :func:`normalization`.
         exact: see :func:`resized`.
@@ -127,7 +127,7 @@ class Patcher:
 
     def __init__(
         self,
-        out: torch.Tensor,
+        out: ClipBuffer,
         sampled: Sampled,
         geometry: QwenGeometry,
         normalization: tuple[torch.Tensor, torch.Tensor],
@@ -139,11 +139,11 @@ class Patcher:
         self._mean, self._std = (
             one if device is None else one.to(device.device) for one in normalization
         )
-        steps, rows, columns = sampled.grid(geometry)
+        _, rows, columns = sampled.grid(geometry)
         merge, patch = geometry.merge_size, geometry.patch_size
         self._per_step = geometry.frames_per_step
         self._cut = (rows // merge, merge, patch, columns // merge, merge, patch)
-        self._steps = out.view(steps, rows * columns, -1)
+        self._out = out
 
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`; ``start`` begins a step."""
@@ -167,9 +167,9 @@ class Patcher:
     def _write(self, start: int, pixels: torch.Tensor) -> None:
         if missing := -len(pixels) % self._per_step:  # of a video's last step
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-        steps = self._steps[start // self._per_step :]
-        for patches, step in zip(steps, pixels.split(self._per_step), strict=False):
-            patches.copy_(self._patches(step))
+        for at, step in enumerate(pixels.split(self._per_step), start // self._per_step):
+            self._out.step(at).copy_(self._patches(step))
+            self._out.note(at, step)
 
     def _patches(self, step: torch.Tensor) -> torch.Tensor:
         """``[patches, dim]`` fp32 of a step's frames ``[n, 3, height, width]``, in the order of
@@ -209,16 +209,14 @@ def normalization(video_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return mean * scale, std * scale
 
 
-def empty_patches(
-    grids: Sequence[tuple[int, int, int]],
-    geometry: QwenGeometry,
-    dtype: torch.dtype,
-    device: PixelDevice | None = None,
-) -> list[torch.Tensor]:
-    """The tower's input of several videos, and the part of it that is each one's; see
-    :meth:`PixelDevice.empty`."""
+def clip_buffer(
+    sampled: Sampled, geometry: QwenGeometry, dtype: torch.dtype, length: int, room: Room
+) -> ClipBuffer:
+    """For the vision tower's input of a video.
+
+    Args:
+        length, room: see :class:`~pevlm_sglang.media.clips.ClipBuffer`.
+    """
+    steps, rows, columns = sampled.grid(geometry)
     dim = 3 * geometry.frames_per_step * geometry.patch_size**2
-    lengths = [steps * rows * columns for steps, rows, columns in grids]
-    empty = torch.empty if device is None else device.empty
-    patches = empty(sum(lengths), dim, dtype=dtype)
-    return [patches, *patches.split(lengths)]
+    return ClipBuffer(steps, (rows * columns, dim), dtype, length, room)
