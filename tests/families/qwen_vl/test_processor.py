@@ -471,6 +471,7 @@ def test_a_longer_video_begins_with_the_same_clips(
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
+        ({}, {"length": 3}, "video length: expected one of fps, max_frames, max_pixels"),
         ({}, {"frames": 3}, "frames: expected 'keyframes', got 3"),
     ],
 )
