@@ -295,10 +295,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if options.path == "sglang":
             from prefill_sglang import rows
-            from serving import running
+            from serving import Client, running
 
             server = stack.enter_context(running(options.model))
-            result["gate"] = server.gate
+            result |= {"gate": server.gate, "cuda_graphs": Client(server.url).graphs()}
             measured = rows(server, options.frames, options.repeats)
         else:
             measured = huggingface_rows(options.model, device, options.lengths, options.repeats)

@@ -10,28 +10,33 @@ reads each file in a process of its own, for Qwen2.5-VL at at most 768 frames of
 - ``pevlm``, ``float32``: this plugin's processor, with either resize. Patches, tokens, hash.
 - ``sglang``: SGLang's processor, and the hash that its scheduler computes.
 - ``qwen-vl-utils``: its reader and resize, and transformers' processor.
+- ``keyframes``: as ``pevlm``, for a request that wishes for ``"frames": "keyframes"``; of files of
+  an hour, which are read so and by ``pevlm`` alone.
 
 Reported: seconds by the wall and of the processors (all threads), and the largest memory beyond
 that of the process before it began, as a multiple of the result (the vision tower's input, fp32);
 of the repeats, the one with the fewest seconds. Other work on the machine blurs the wall's.
 
 No figure without a green gate: ``float32``'s patches must equal qwen-vl-utils' to the bit, and
-``pevlm``'s those with transformers' own resize in its place, on the same file.
+``pevlm``'s those with transformers' own resize in its place, on the same file. Keyframes are other
+frames; tests/media/test_slices.py compares them with those of a decoder that reads the whole file.
 
-Figures: benchmarks/results/media-cpu.json, in tables docs/performance.md.
+Figures: benchmarks/results/media-cpu.json, of an hour media-keyframes-cpu.json; in tables
+docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -46,6 +51,7 @@ WORK_DIR = ROOT / ".cache" / "bench_media"
 SETTINGS: dict[str, Any] = {"max_frames": 768, "max_pixels": 644 * 336}
 PROMPT = "<|vision_start|><|video_pad|><|vision_end|>What happens?"
 WAYS = ("decode", "pevlm", "float32", "sglang", "qwen-vl-utils")
+HOUR, HOURS_WAYS = 3600, ("pevlm", "keyframes")
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,16 @@ class File:
         return f"{self.codec}-{width}x{height}-{self.seconds}s-{self.group}"
 
     def write(self, directory: Path) -> Path:
-        """Moving patterns over noise."""
+        """Moving patterns over noise; of an hour, the same minute again and again."""
         path = directory / f"{self.name}.mp4"
         if path.exists():
+            return path
+        if self.seconds == HOUR:
+            minute = replace(self, seconds=60).write(directory)
+            repeated = path.with_suffix(".txt")
+            repeated.write_text(f"file '{minute}'\n" * (self.seconds // 60))
+            words = ["ffmpeg", "-v", "error", "-y", "-f", "concat", "-safe", "0"]
+            subprocess.run([*words, "-i", str(repeated), "-c", "copy", str(path)], check=True)
             return path
         width, height = self.size
         source = f"testsrc2=size={width}x{height}:rate={self.fps}:duration={self.seconds}"
@@ -93,6 +106,8 @@ FILES = (
     File("libx264", (3840, 2160), 40, 50),
     File("libx265", (1280, 720), 120, 250),
     File("libvpx-vp9", (1280, 720), 120, 250),
+    File("libx264", (1280, 720), HOUR, 250),
+    File("libx264", (1280, 720), HOUR, 100),
 )
 
 
@@ -145,7 +160,7 @@ class Decode:
 
     def __init__(self, stack: ExitStack, model: Path) -> None: ...
 
-    def __call__(self, path: Path) -> None:
+    def __call__(self, path: Path) -> list[torch.Tensor]:
         from torchcodec.decoders import VideoDecoder
 
         decoder = VideoDecoder(path, dimension_order="NHWC")
@@ -154,12 +169,14 @@ class Decode:
         indices = torch.linspace(0, total - 1, count).round().long().tolist()
         for start in range(0, count, 32):
             decoder.get_frames_at(indices[start : start + 32])
+        return []
 
 
 class Plugin:
     """A processor as SGLang's launcher has it."""
 
     resize: str | None = "uint8"
+    wishes: Mapping[str, Any] = {}
 
     def __init__(self, stack: ExitStack, model: Path) -> None:
         import transformers
@@ -175,16 +192,19 @@ class Plugin:
                 transformers.AutoConfig.from_pretrained(model),
                 get_processor(str(model)),
                 video=SETTINGS,
-                pevlm={"video_resize": self.resize} if self.resize else {},
+                pevlm={"video_resize": self.resize, "media_cache_mb": 0} if self.resize else {},
             )
         )
 
-    def __call__(self, path: Path) -> torch.Tensor:
-        output = self._processor(PROMPT, [str(path)])
-        [item] = output.mm_items
-        item.set_pad_value()  # the scheduler's hash, where it has none yet
-        feature: torch.Tensor = item.feature
-        return feature
+    def __call__(self, path: Path) -> list[torch.Tensor]:
+        output = self._processor(PROMPT, [{"url": str(path), **self.wishes}])
+        for item in output.mm_items:
+            item.set_pad_value()  # the scheduler's hash, where it has none yet
+        return [item.feature for item in output.mm_items]
+
+
+class Keyframes(Plugin):
+    wishes = {"frames": "keyframes"}  # noqa: RUF012
 
 
 class Float32(Plugin):
@@ -206,13 +226,12 @@ class Reference:
         os.environ["FORCE_QWENVL_VIDEO_READER"] = "torchcodec"
         self._processor = AutoProcessor.from_pretrained(model)
 
-    def __call__(self, path: Path) -> torch.Tensor:
+    def __call__(self, path: Path) -> list[torch.Tensor]:
         from support.families.qwen_vl import reference_inputs, reference_video
 
         clip = reference_video(path, SETTINGS, resize=self.resize)
         inputs = reference_inputs(self._processor, PROMPT, [clip])
-        pixels: torch.Tensor = inputs["pixel_values_videos"]
-        return pixels
+        return [inputs["pixel_values_videos"]]
 
 
 class OfTransformers(Reference):
@@ -224,6 +243,7 @@ class OfTransformers(Reference):
 MADE: dict[str, Callable[[ExitStack, Path], Callable[[Path], Any]]] = {
     "decode": Decode,
     "pevlm": Plugin,
+    "keyframes": Keyframes,
     "float32": Float32,
     "sglang": SGLang,
     "qwen-vl-utils": Reference,
@@ -234,27 +254,34 @@ MADE: dict[str, Callable[[ExitStack, Path], Callable[[Path], Any]]] = {
 def measure(way: str, path: Path, model: Path, repeats: int) -> Figures:
     """In this process, which has done nothing else."""
     from pevlm_sglang.media import stages
-    from pevlm_sglang.media.identity import pixels_digest
 
     best: Figures | None = None
     with ExitStack() as stack:
         read = MADE[way](stack, model)
         read(_warm_up())
         for _ in range(repeats):
-            result = None  # the last one's memory goes first
+            result: list[torch.Tensor] = []  # the last one's memory goes first
             stages._current.set(None)
             split = stages.begin()
             with Peak() as peak:
                 began, used = time.perf_counter(), time.process_time()
                 result = read(path)
                 wall, cpu = time.perf_counter() - began, time.process_time() - used
-            size = 0 if result is None else result.nbytes
-            digest = None if result is None else pixels_digest(result).hex()
+            size = sum(part.nbytes for part in result)
+            digest = content(result) if result else None
             figures = Figures(wall, cpu, peak.bytes, size, split.seconds, digest)
             if best is None or figures.cpu_s < best.cpu_s:
                 best = figures
     assert best is not None
     return best
+
+
+def content(parts: list[torch.Tensor]) -> str:
+    """A digest of the vision tower's input, however it is cut."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _warm_up() -> Path:
@@ -282,7 +309,7 @@ def gate(found: dict[str, Figures], path: Path, model: Path) -> None:
 
 def rows(found: dict[str, Figures]) -> list[str]:
     """A table of one file."""
-    alone = found["decode"]
+    alone = next(iter(found.values()))
     lines = []
     for way, figures in found.items():
         memory = "-"
@@ -319,9 +346,12 @@ def main() -> None:
         if options.only and not any(word in file.name for word in options.only):
             continue
         path = file.write(WORK_DIR)
-        found = {way: apart(way, path, model, options.repeats) for way in WAYS}
-        gate(found, path, model)
-        print(f"\n{file.name}, pixels equal to the bit")
+        hour = file.seconds == HOUR
+        ways = HOURS_WAYS if hour else WAYS
+        found = {way: apart(way, path, model, options.repeats) for way in ways}
+        if not hour:
+            gate(found, path, model)
+        print(f"\n{file.name}" + ("" if hour else ", pixels equal to the bit"))
         print(
             f"{'':>15} {'wall s':>8} {'cpu s':>8} {'x cpu':>8} {'x wall':>8} {'peak MiB':>9} of it"
         )

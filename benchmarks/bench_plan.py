@@ -17,6 +17,7 @@ of slots, a few kernels on a GPU, is most of it.
 - ``mixed``: what ``flash`` copies a layer of Qwen2.5-VL-7B for a chunk of 8192 tokens of a video
   beside 63 decode rows at 100k tokens; by the lengths, nothing is run.
 - ``layout``: once a request, when it arrives.
+- ``request``: all that a request costs the scheduler's loop then, by its steps: request_costs.py.
 - ``share``: the plan of one chunk beside the prefill that it is for, a Qwen2 decoder with random
   weights on Hugging Face's path under PEVLM (benchmarks/bench_llm_prefill.py), both measured at the
   same length: on a GPU at 100k tokens, on a CPU with a tiny model at fewer.
@@ -25,7 +26,8 @@ of slots, a few kernels on a GPU, is most of it.
   ``forward_extend``; their sum beside the same decoder's forward on those 128 tokens. Without a GPU
   only those bases run whose metadata needs none; what PEVLM adds is the same code on all of them.
 
-Sample output, on two cores that others were using too:
+Sample output, on two cores that others were using too (``request`` is of a later run, three of its
+six kinds):
 
     video                sink block blocks   chunk forwards      keys layout ms host ms  plan ms
     two frames a step      16    16     24  100000        1    295584      0.09    0.58    12.84
@@ -45,6 +47,20 @@ Sample output, on two cores that others were using too:
     mixed      calls    gathered   copied MB  scratch MB  table MB   all rows MB
     no pages      63     6321456     12946.3       248.7       0.0       12946.3
     paged          2       21456        43.9        43.9      25.2       12946.3
+
+    request       steps   tokens  blocks  created us    spans us   layout us     size us   queued us
+    qwen2_5_vl       10      680       9        10.7         4.6         7.2         9.4        21.3
+    qwen2_5_vl      100     6440      99        10.6        13.1        57.9        48.2       125.1
+    qwen2_5_vl     1000    64040     999        10.4        94.8       611.1       460.9      1290.1
+    qwen2_5_vl    10000   640040    9999        10.2      1430.7      7405.4      4868.9     14700.9
+    qwen3_vl         10      770       9        10.6         7.7         7.2         9.4        25.6
+    qwen3_vl        100     7340      99        10.4        42.3        57.1        48.1       153.2
+    qwen3_vl       1000    73040     999        10.5       374.8       619.0       453.1      1751.7
+    qwen3_vl      10000   730040    9999        10.3      6629.5      7352.4      4816.3     19762.9
+    images           10     1030      10        10.5        11.5        15.2        11.7        39.7
+    images          100     9940     100        10.6        87.0       145.1        69.9       319.4
+    images         1000    99040    1000        10.4       906.7      4504.4       713.7      9169.1
+    images        10000   990040 refused        10.3     10974.3                             24318.1
 
     share at 8192 tokens, tiny: plan 0.56 ms, prefill 2518 ms, 0.022%
     text on          init us  with pevlm    added us  forward ms    share
@@ -71,6 +87,7 @@ import torch
 import transformers
 from bench_llm_prefill import frames_of, make_model, noise
 from machine import card, seconds, summary
+from request_costs import REQUEST_HEADER, request_rows
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from workload import MODELS, QUESTION_TOKENS, SYSTEM_TOKENS, TOKENS_PER_FRAME, Prompt
@@ -422,6 +439,8 @@ def main() -> None:
         print(f"derived for {name}: at most {most:.2f} ms")
     print("\n" + MIXED_HEADER)
     mixed = mixed_rows()
+    print("\n" + REQUEST_HEADER)
+    requests = request_rows(CHUNK)
     print()
     transformers.logging.set_verbosity_error()
     huggingface.register()
@@ -438,6 +457,7 @@ def main() -> None:
         "limit": LIMIT,
         "plans": plans,
         "mixed": mixed,
+        "requests": requests,
         "share": share,
         "text": text,
     }

@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 from machine import card, summary, write_json
-from serving import PARTS, REAL, WORK_DIR, Client, running, write_video
+from serving import GRAPHS, PARTS, REAL, WORK_DIR, Client, running, write_video
 
 FPS = 2.0  # what SGLang samples
 KINDS = {"full": False, "pevlm": True}
@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--size", default="644x364" if on_gpu else "392x280", help="of its frames")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--concurrent", type=int, default=3, help="requests at once (default: 3)")
+    graphs = "CUDA graphs of the server (default: SGLang's own)"
+    parser.add_argument("--cuda-graphs", choices=GRAPHS, default="sglang", help=graphs)
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     width, height = (int(part) for part in options.size.split("x"))
@@ -145,8 +147,9 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "serving", "card": about, "model": options.model}
     result |= {"video_seconds": options.seconds, "frame": options.size, "complete": False}
     videos = [video(seed, options.seconds) for seed in range(options.concurrent)]
-    with running(options.model) as server:
+    with running(options.model, graphs=options.cuda_graphs) as server:
         client = Client(server.url)
+        result["cuda_graphs"] = client.graphs()
         for pevlm in KINDS.values():
             client.video(video(99, 24), pevlm=pevlm)
         result |= {"gate": server.gate, "alone": alone(client, videos[0], options.repeats)}

@@ -1,4 +1,4 @@
-"""What one vision-tower run a video, and attention within each step, save: SGLang beside PEVLM.
+"""What it saves to encode each step once, and by itself: SGLang's vision path beside PEVLM's.
 
     python benchmarks/bench_vision.py
 
@@ -18,11 +18,13 @@ segment by segment on both sides, as it does on a GPU.
 
 No figure without a green gate: on a short clip, cut by a chunk, log-probs of each side must equal
 Hugging Face's model with the same vision path, and the two paths must differ. (On a GPU the gate
-runs the small model in float32.) And the PEVLM side must have run the tower once a video.
+runs the small model in float32.) And the PEVLM side must have encoded each clip of a
+video once.
 
-- Runs: SGLang encodes a video again for each chunk that overlaps it. PEVLM: once.
-- Time of one run, a frame: SGLang's tower attends over the whole video, so it grows with the length
-  of the video. PEVLM's attends within each step, so it does not.
+- Times that a frame is encoded: SGLang encodes a video again for each chunk that overlaps it. PEVLM
+  encodes a clip once.
+- Time of encoding a frame once: SGLang's tower attends over the whole video, so it grows with the
+  length of the video. PEVLM's attends within each step, so it does not.
 
 The GPU side was never run: unmeasured. Sample output on a CPU, of a virtual machine that others
 kept busier than it has cores (load 6.9 on 2), both language models under PEVLM's mask: the runs are
@@ -31,16 +33,16 @@ exact, the times are blurred, the middle row's most (the last line, one JSON obj
     Intel(R) Xeon(R) Processor, cores 2, threads 2, load 6.9
     starting the server: upstream
       gate: 5.7e-06 from its own reference, 4.1e+00 from the other's
-      32 frames: 2 runs, 0.53 s
-      64 frames: 4 runs, 3.23 s
-      128 frames: 7 runs, 16.85 s
+      32 frames: each encoded 2 times, 0.53 s
+      64 frames: each encoded 4 times, 3.23 s
+      128 frames: each encoded 7 times, 16.85 s
     starting the server: pevlm
       gate: 5.7e-06 from its own reference, 4.1e+00 from the other's
-      32 frames: 1 runs, 0.23 s
-      64 frames: 1 runs, 0.96 s
-      128 frames: 1 runs, 1.20 s
+      32 frames: each encoded 1 times, 0.23 s
+      64 frames: each encoded 1 times, 0.96 s
+      128 frames: each encoded 1 times, 1.20 s
 
-                     tower runs   a run, ms a frame          tower                 first token
+                    times encoded once, ms a frame           tower                 first token
     frames  tokens  SGLang  PEVLM   SGLang    PEVLM   SGLang   PEVLM  ratio   SGLang   PEVLM  ratio
         32     799       2      1     8.21     7.27   0.53 s  0.23 s   2.3x   0.65 s  0.35 s  1.83x
         64    1567       4      1    12.61    15.02   3.23 s  0.96 s   3.4x   3.47 s  1.61 s  2.16x
@@ -111,21 +113,21 @@ class Figures:
     Attributes:
         frames: sampled.
         prompt_tokens: of the expanded prompt.
-        runs: of the vision tower.
+        times: that a frame was encoded.
         vision_s: time of the runs on the device.
         ttft_s: time to first token.
     """
 
     frames: int
     prompt_tokens: int
-    runs: int
+    times: float
     vision_s: float
     ttft_s: float
 
     @property
     def frame_ms(self) -> float:
-        """Of one run, a frame."""
-        return 1000 * self.vision_s / self.runs / self.frames
+        """Of encoding a frame once."""
+        return 1000 * self.vision_s / self.times / self.frames
 
 
 def serve(model: Path, side: str, device: str, chunk: int, work: Path, *, small: bool) -> Server:
@@ -184,14 +186,17 @@ def measure(server: Server, clips: dict[int, Path], repeats: int) -> list[Figure
     for seconds, clip in clips.items():
         frames = round(seconds * FPS)
         runs = [ask(server, clip, frames=frames) for _ in range(repeats)]
-        if len({run.runs for run in runs}) != 1:
+        if len({run.times for run in runs}) != 1:
             sys.exit(f"bench_vision: runs of the tower differ between repeats: {runs}")
         best = replace(
             runs[0],
             vision_s=min(run.vision_s for run in runs),
             ttft_s=min(run.ttft_s for run in runs),
         )
-        print(f"  {frames} frames: {best.runs} runs, {best.vision_s:.2f} s", flush=True)
+        print(
+            f"  {frames} frames: each encoded {best.times:g} times, {best.vision_s:.2f} s",
+            flush=True,
+        )
         figures.append(best)
     return figures
 
@@ -212,7 +217,7 @@ def ask(server: Server, clip: Path, *, frames: int) -> Figures:
     return Figures(
         frames=frames,
         prompt_tokens=answer["meta_info"]["prompt_tokens"],
-        runs=round(after["vision_runs"] - before["vision_runs"]),
+        times=round(2 * (after["vision_steps"] - before["vision_steps"]) / frames, 2),
         vision_s=round(after["vision"] - before["vision"], 4),
         ttft_s=round(ttft, 4),
     )
@@ -229,13 +234,13 @@ def measured(server: Server) -> dict[str, float]:
 
 def table(figures: dict[str, list[Figures]]) -> str:
     """A row a video: SGLang's figure, PEVLM's, and their ratio."""
-    head = f"{'':15}{'tower runs':^15}{'a run, ms a frame':^18}{'tower':^24}{'first token':>18}"
+    head = f"{'':15}{'times encoded':^15}{'once, ms a frame':^18}{'tower':^24}{'first token':>18}"
     names = "".join(f"{'SGLang':>{w}}{'PEVLM':>{w}}" for w in (7, 9))
     names += 2 * f"{'SGLang':>9}{'PEVLM':>8}{'ratio':>7}"
     lines = [head, f"{'frames':>6}{'tokens':>8} {names}"]
     for up, own in zip(*(figures[side] for side in SIDES), strict=True):
         lines.append(
-            f"{up.frames:>6}{up.prompt_tokens:>8} {up.runs:>7}{own.runs:>7}"
+            f"{up.frames:>6}{up.prompt_tokens:>8} {up.times:>7g}{own.times:>7g}"
             f"{up.frame_ms:>9.2f}{own.frame_ms:>9.2f}"
             f"{up.vision_s:>7.2f} s{own.vision_s:>6.2f} s{up.vision_s / own.vision_s:>6.1f}x"
             f"{up.ttft_s:>7.2f} s{own.ttft_s:>6.2f} s{up.ttft_s / own.ttft_s:>6.2f}x"
@@ -286,8 +291,8 @@ def main() -> None:
             model = write_real("Qwen2.5-VL-7B", work, small)
             with serve(model, side, device, chunk, work, small=False) as server:
                 figures[side] = measure(server, clips, options.repeats)
-    if any(own.runs != 1 for own in figures["pevlm"]):
-        sys.exit("bench_vision: expected one run of the tower a video on the PEVLM side")
+    if any(own.times != 1 for own in figures["pevlm"]):
+        sys.exit("bench_vision: expected each frame to be encoded once on the PEVLM side")
     result = {
         "card": header,
         "device": device,

@@ -3,11 +3,14 @@
     python benchmarks/serving.py                              # serves a tiny model until Ctrl-C
     python benchmarks/serving.py --model Qwen2.5-VL-7B        # on a GPU: real dimensions
     python benchmarks/serving.py --model Qwen2.5-VL-7B -- sh -c 'benchmark one; benchmark two'
+    python benchmarks/serving.py --cuda-graphs breakable      # prefill in graphs too
 
-The last form runs a command while the server is up, so that several benchmarks share one start;
+The third form runs a command while the server is up, so that several benchmarks share one start;
 they find it by the variables SERVER_URL and SERVER_GATE. A model of real dimensions is made on the
 spot: its configuration, a tokenizer of a few hundred tokens, and SGLang's random weights
-(``--load-format dummy``).
+(``--load-format dummy``). On a GPU, CUDA graphs are SGLang's default (of Qwen's models: of decode,
+and not of prefill), unless ``--cuda-graphs`` says otherwise; results have what the server says it
+has.
 
 The gate comes before the server that is measured, and no variable is set without it. A small
 Qwen2.5-VL, in the dtype and on the base backend of the measured one, answers about a clip; its
@@ -47,6 +50,13 @@ WORK_DIR = ROOT / ".cache" / "bench_serving"
 TINY: dict[str, Any] = {"num_layers": 6, "hidden_size": 256, "vision_depth": 1}
 GATE_SETTING = Setting(4, 4)
 FEW_PIXELS = ("--mm-process-config", '{"video": {"min_pixels": 3136}}')
+GRAPHS = {
+    "sglang": (),
+    "off": ("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+    "breakable": ("--cuda-graph-backend-prefill", "breakable"),
+    "full": ("--cuda-graph-backend-prefill", "full"),
+}
+"""Value of ``--cuda-graphs`` → the server's flags; the first is the default, SGLang's own."""
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 VISION = {
     "depth": 32,
@@ -117,44 +127,60 @@ def write_real(name: str, work: Path, small: Path) -> Path:
 
 
 @contextmanager
-def running(model: str, work: Path = WORK_DIR) -> Iterator[Running]:
+def running(model: str, work: Path = WORK_DIR, graphs: str = "sglang") -> Iterator[Running]:
     """The server that the environment names, or one of its own.
 
     Args:
         model: ``tiny``, or a key of ``REAL`` on a GPU.
+        graphs: a key of ``GRAPHS``.
 
     Raises:
-        SystemExit: the gate is red, or a model of real dimensions is wanted without a GPU.
+        SystemExit: the gate is red, a model of real dimensions or graphs are wanted without a GPU,
+            or graphs of a server that runs.
     """
     if "SERVER_URL" in os.environ:
+        if graphs != "sglang":
+            sys.exit(
+                f"--cuda-graphs: expected none beside SERVER_URL, whose server runs, got {graphs}"
+            )
         yield Running(os.environ["SERVER_URL"], os.environ["SERVER_GATE"])
         return
     on_gpu = torch.cuda.is_available()
     if model != "tiny" and not on_gpu:
         sys.exit(f"--model: expected tiny on a machine without a GPU, got {model}")
+    if graphs != "sglang" and not on_gpu:
+        sys.exit(f"--cuda-graphs: expected none on a machine without a GPU, got {graphs}")
     small = make_tiny_model(work / "model", **TINY)
-    with _server(small, work, on_gpu=on_gpu, dummy=False) as server:
+    with _server(small, work, on_gpu=on_gpu, dummy=False, graphs=graphs) as server:
         verdict = _gate(server, small, work)
         if model == "tiny":
             yield Running(server.url, verdict)
             return
-    with _server(write_real(model, work, small), work, on_gpu=on_gpu, dummy=True) as server:
+    real = write_real(model, work, small)
+    with _server(real, work, on_gpu=on_gpu, dummy=True, graphs=graphs) as server:
         yield Running(server.url, verdict)
 
 
-def _server(model: Path, work: Path, *, on_gpu: bool, dummy: bool) -> Server:
+def launch_flags(*, on_gpu: bool, dummy: bool, graphs: str) -> list[str]:
+    """Of the server; see :func:`running`."""
     flags = ["--attention-backend", "pevlm", "--skip-server-warmup", *FEW_PIXELS]
-    plugin = stopwatch.install(work / "plugin")
-    path = os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")])
-    env = {**BATCH_ENV, "PYTHONPATH": path.rstrip(os.pathsep), "SGLANG_VLM_CACHE_SIZE_MB": "0"}
     if on_gpu:
-        env |= {"SGLANG_PLATFORM": "", "TORCHDYNAMO_DISABLE": "0"}
-        flags += ["--device", "cuda", "--dtype", "bfloat16", "--disable-cuda-graph"]
+        flags += ["--device", "cuda", "--dtype", "bfloat16", *GRAPHS[graphs]]
         flags += ["--max-total-tokens", "400000", "--mem-fraction-static", "0.75"]
     else:
         flags += ["--chunked-prefill-size", "-1"]
     if dummy:
         flags += ["--load-format", "dummy"]
+    return flags
+
+
+def _server(model: Path, work: Path, *, on_gpu: bool, dummy: bool, graphs: str) -> Server:
+    plugin = stopwatch.install(work / "plugin")
+    path = os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")])
+    env = {**BATCH_ENV, "PYTHONPATH": path.rstrip(os.pathsep), "SGLANG_VLM_CACHE_SIZE_MB": "0"}
+    if on_gpu:
+        env |= {"SGLANG_PLATFORM": "", "TORCHDYNAMO_DISABLE": "0"}
+    flags = launch_flags(on_gpu=on_gpu, dummy=dummy, graphs=graphs)
     log = work / f"server-{model.name}.log"
     return Server(model, *flags, env=env, log_path=log, startup_timeout=240)
 
@@ -186,6 +212,12 @@ class Client(client.Client):
         pevlm: dict[str, Any] = state["pevlm"]
         found: dict[str, float] = dict(state[stopwatch.KEY])
         return found | {"vision": pevlm["vision_seconds"], "pairs_saved": pevlm["pairs_saved"]}
+
+    def graphs(self) -> dict[str, str]:
+        """Phase (``decode``, ``prefill``) → the kind of its CUDA graphs, or ``disabled``."""
+        info = self.info()
+        kinds = {phase: of["backend"] for phase, of in info["cuda_graph_config"].items()}
+        return kinds if info["device"] == "cuda" else dict.fromkeys(kinds, "disabled")
 
     def video(self, path: Path, *, pevlm: bool, max_frames: int | None = None) -> tuple[float, int]:
         """Seconds to the first token, and tokens of the prompt."""
@@ -237,9 +269,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a server for the benchmarks")
     default = "Qwen2.5-VL-7B" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--model", choices=("tiny", *REAL), default=default)
+    parser.add_argument("--cuda-graphs", choices=GRAPHS, default="sglang")
     parser.add_argument("command", nargs="*", help="run this and stop (after --)")
     options = parser.parse_args()
-    with running(options.model) as server:
+    with running(options.model, graphs=options.cuda_graphs) as server:
         print(f"serving {options.model}: {server.url}", flush=True)
         if options.command:
             env = {**os.environ, "SERVER_URL": server.url, "SERVER_GATE": server.gate}

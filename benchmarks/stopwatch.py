@@ -10,8 +10,9 @@ between CUDA events on a GPU. ``/server_info`` then has the totals under ``inter
 - ``prepare``: from a request's arrival in the tokenizer process to its token ids and pixels;
   decoding is in it.
 - ``forward``: the prefill's forwards, metadata and vision tower among it.
-- ``attention``: the language model's layers of attention, writing keys and values among it.
-- ``vision``, ``vision_runs``: the vision tower, and how often it ran (a number).
+- ``attention``: the language model's layers of attention, writing keys and values among it; of a
+  prefill CUDA graph, where they run between its segments (breakable), and not where they are in it.
+- ``vision``, ``vision_steps``: the vision tower, and how many steps it encoded (a number).
 
 Nothing of it is part of the product.
 """
@@ -22,8 +23,9 @@ import functools
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +77,14 @@ class _Clock:
 
 
 _clock = _Clock()
-_forward: Any = None
-_attention: Any = None
-_vision: Any = None
-_totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_runs": 0.0}
+_forward, _attention, _vision = deque[Any](), deque[Any](), deque[Any]()
+_totals = {"forward": 0.0, "attention": 0.0, "vision": 0.0, "vision_steps": 0.0}
 
 
 def register() -> None:
     """SGLang's entry point, in each of its processes."""
-    global _forward, _attention, _vision
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pevlm_sglang.observe.observer import DeviceTimer
-
-    _forward, _attention, _vision = DeviceTimer(), DeviceTimer(), DeviceTimer()
     for target, hook in {
         f"{_DECODER}.__init__": _timed_decode,
         f"{_DECODER}.get_frames_at": _timed_decode,
@@ -96,7 +92,8 @@ def register() -> None:
         f"{_MANAGER}._tokenize_one_request": _timed_preparation,
         f"{_MANAGER}.get_internal_state": _with_launchers_times,
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": _timed_forward,
-        "sglang.srt.layers.radix_attention.RadixAttention.forward": _timed_attention,
+        # Not RadixAttention's, which the replay of a graph passes by.
+        "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward": _timed_attention,
         "sglang.srt.managers.mm_utils.get_embedding_and_mask": _timed_vision,
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state": _with_schedulers_times,
     }.items():
@@ -121,31 +118,47 @@ async def _with_launchers_times(original: Callable[..., Any], *args: Any, **kwar
     return states
 
 
+@contextmanager
+def _timed(running: deque[Any], device: Any) -> Iterator[None]:
+    """Time the block on a ``torch.device``, without waiting for it."""
+    from pevlm_sglang.observe.timing import Timing
+
+    timing = Timing(device)
+    yield
+    timing.stop()
+    running.append(timing)
+
+
+def _measured(running: deque[Any], device: Any, mode: Any) -> AbstractContextManager[None]:
+    """Of prefills alone, and not while a graph is captured: an event in it has no time."""
+    import torch
+
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return nullcontext() if captured or not mode.is_extend() else _timed(running, device)
+
+
 def _timed_forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     import torch
 
-    if not forward_batch.forward_mode.is_extend():
-        return original(runner, forward_batch, *args, **kwargs)
-    with _forward.measure(torch.device(runner.device)):
+    with _measured(_forward, torch.device(runner.device), forward_batch.forward_mode):
         return original(runner, forward_batch, *args, **kwargs)
 
 
 def _timed_attention(
     original: Callable[..., Any],
-    layer: Any,
+    backend: Any,
     q: Any,
     k: Any,
     v: Any,
+    layer: Any,
     forward_batch: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not forward_batch.forward_mode.is_extend():
-        return original(layer, q, k, v, forward_batch, *args, **kwargs)
-    with _attention.measure(q.device):
-        return original(layer, q, k, v, forward_batch, *args, **kwargs)
+    with _measured(_attention, q.device, forward_batch.forward_mode):
+        return original(backend, q, k, v, layer, forward_batch, *args, **kwargs)
 
 
 def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -153,8 +166,9 @@ def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
     @functools.wraps(encode)
     def timed(items: list[Any]) -> Any:
-        _totals["vision_runs"] += 1
-        with _vision.measure(kwargs["input_ids"].device):
+        grids = (item.model_specific_data.get("video_grid_thw") for item in items)
+        _totals["vision_steps"] += sum(int(grid[:, 0].sum()) for grid in grids if grid is not None)
+        with _timed(_vision, kwargs["input_ids"].device):
             return encode(items)
 
     # SGLang asks the method for its model (mm_schedule._can_skip_pre_embed_feature_move).
@@ -164,8 +178,9 @@ def _timed_vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def _with_schedulers_times(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     output = original(*args, **kwargs)
-    _totals["forward"] += _forward.take()
-    _totals["attention"] += _attention.take()
-    _totals["vision"] += _vision.take()
+    from pevlm_sglang.observe.timing import ended
+
+    for name, running in (("forward", _forward), ("attention", _attention), ("vision", _vision)):
+        _totals[name] += sum(seconds for _, seconds in ended(running))
     output.internal_state[KEY] = dict(_totals)
     return output

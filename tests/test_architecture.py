@@ -67,7 +67,10 @@ def test_no_circle() -> None:
         visit(name, ())
 
 
-_SHELVES = ("spans", "sizes", "family", "frame_counts", "tile_layout", "processor")
+_SHELVES = (
+    *("spans", "sizes", "family", "frame_counts", "tile_layout"),
+    *("processor", "placeholder_processor"),
+)
 SHELVES = {f"pevlm_sglang.families.{name}" for name in _SHELVES}
 COMMON = {"pevlm_sglang.layout", "pevlm_sglang.errors"}
 CONFIG = {"pevlm_sglang.settings.config"}
@@ -92,6 +95,7 @@ def own(name: str) -> set[str]:
         ("pevlm_sglang.families.frame_counts", COMMON | SHELVES),
         ("pevlm_sglang.families.family", COMMON | SHELVES),
         ("pevlm_sglang.families.tile_layout", COMMON),
+        ("pevlm_sglang.families.placeholder_processor", COMMON | SHELVES | MEDIA),
         ("pevlm_sglang.families.processor", COMMON | SHELVES | MEDIA | CONFIG),
         ("pevlm_sglang.attention.plan", {"pevlm_sglang.layout", "pevlm_kernels.types"}),
     ],

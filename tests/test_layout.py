@@ -363,3 +363,15 @@ def test_most_keys_of_a_window(prompt: Prompt, sink: int, block: int, window: in
     ]
     assert max(listed, default=0) <= layout.most_keys(length, window)
     assert layout.most_keys(length, length) == sum(p.num_keys for p in layout.pieces(0, length))
+
+
+def test_as_many_ranges_as_a_plan_can_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three videos, each of two blocks behind its sink: the text before each is a range more."""
+    monkeypatch.setattr(layout_module, "MOST_RANGES", 2 * (2 + 3 + 4))
+    videos = [FrameSpans(tuple((at + i, at + i + 1) for i in range(3))) for at in (1, 11, 21)]
+    assert len(Layout.build(videos, sink_frames=1, block_frames=1).blocks) == 6
+    short = FrameSpans(((31, 32),))
+    assert len(Layout.build([*videos, short], sink_frames=1, block_frames=1).blocks) == 6
+    long = FrameSpans(((31, 32), (32, 33)))
+    with pytest.raises(ValueError, match="videos: expected at most 18 ranges in what all blocks"):
+        Layout.build([*videos, long], sink_frames=1, block_frames=1)

@@ -27,6 +27,8 @@ TRAIN, VALIDATION, HELD_OUT, EXAMPLE = 1, 2, 3, 4
 """The splits. ``EXAMPLE`` is for the demo, ``pevlm tune`` and tests: nothing is tuned on
 ``HELD_OUT``."""
 
+HELD = 8  # frames of a picture in a file with keyframes
+ANYWHERE, AT_CUTS = 7, 16  # and frames from one of them to the next
 HELD_OUT_SCENES = (32, 48)  # 64 and 96 sampled frames: never trained on
 
 
@@ -55,6 +57,20 @@ class Clip:
         seed = self.split * 10**6 + len(self.world) * 10**3 + self.number
         path = directory / f"{len(self.world)}-{self.number}.mp4"
         return write_mp4(path, render_world(self.world, seed=seed), fps)
+
+    def write_keyed(self, directory: Path, group: int) -> Path:
+        """The same video as a file of sixteen frames a second, of which two a second are sampled:
+        each picture eight times.
+
+        Args:
+            group: frames from a keyframe to the next. ``ANYWHERE`` = near the sampled frames, and
+                as far before as after them, up to half of what is between two; ``AT_CUTS`` = where
+                a scene begins.
+        """
+        seed = self.split * 10**6 + len(self.world) * 10**3 + self.number
+        path = directory / f"{len(self.world)}-{self.number}-every-{group}.mp4"
+        frames = render_world(self.world, seed=seed).repeat_interleave(HELD, 0)
+        return write_mp4(path, frames, HELD * FPS, group)
 
 
 def make_clip(

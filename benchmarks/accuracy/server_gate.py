@@ -46,7 +46,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # `support` lives there
 
-from accuracy.dataset import EXAMPLE, Clip, make_clip
+from accuracy.dataset import ANYWHERE, EXAMPLE, Clip, make_clip
 from accuracy.edges import GROUPS, edge_clip
 from accuracy.questions import CHANCE, TASKS
 from machine import card, summary
@@ -78,6 +78,7 @@ class Item:
     Attributes:
         video: its number.
         url: of the video, ``data:``.
+        frames: as a request says it beside the video.
         group: a task, or one of ``edges.GROUPS``.
         text, answer: of the question.
     """
@@ -87,6 +88,7 @@ class Item:
     group: str
     text: str
     answer: str
+    frames: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,13 @@ class Difference:
         return self.mean - self.half_width
 
 
-def items(work: Path) -> list[Item]:
+def items(work: Path, *, frames: str | None = None) -> list[Item]:
     """Every question of the gate.
 
     Args:
         work: directory for the video files.
+        frames: ``keyframes`` = of the same videos in files that have some near the sampled frames,
+            whose place they take.
     """
     clips: list[tuple[Clip, list[str]]] = []
     for number in range(NATURAL):
@@ -122,9 +126,11 @@ def items(work: Path) -> list[Item]:
         clips.append((edge.clip, edge.groups))
     found = []
     for video, (clip, groups) in enumerate(clips):
-        url = video_data_url(clip.write(work))
+        url = video_data_url(
+            clip.write(work) if frames is None else clip.write_keyed(work, ANYWHERE)
+        )
         for group, question in zip(groups, clip.questions, strict=True):
-            found.append(Item(video, url, group, question.text, question.answer))
+            found.append(Item(video, url, group, question.text, question.answer, frames))
     return found
 
 
@@ -148,7 +154,10 @@ def answers(
     def right(item: Item) -> bool:
         answer = client.api.chat.completions.create(
             model="small",
-            messages=about({"url": item.url}, item.text),
+            messages=about(
+                {"url": item.url, **({} if item.frames is None else {"frames": item.frames})},
+                item.text,
+            ),
             max_tokens=_MAX_TOKENS,
             temperature=0,
             extra_body=body,
@@ -264,8 +273,11 @@ def _points(difference: Difference) -> str:
     return f"{100 * difference.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def run(client: Client) -> tuple[Comparison, list[str]]:
+def run(client: Client, *, frames: str | None = None) -> tuple[Comparison, list[str]]:
     """The whole gate on one server.
+
+    Args:
+        frames: see :func:`items`.
 
     Returns:
         the scores, and why the gate is red; nothing when it is green
@@ -273,7 +285,7 @@ def run(client: Client) -> tuple[Comparison, list[str]]:
     # A prefix that an earlier run left in the server's cache would hide what this one computes.
     namespace = f"gate-{np.random.default_rng().integers(2**40)}"
     with tempfile.TemporaryDirectory() as work:
-        asked = items(Path(work))
+        asked = items(Path(work), frames=frames)
     before = client.counters().pairs_saved
     full = answers(client, asked, FULL, namespace=namespace)
     between = client.counters().pairs_saved
@@ -290,6 +302,9 @@ def run(client: Client) -> tuple[Comparison, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a running server (default: one is started on the CPU)")
+    parser.add_argument(
+        "--frames", choices=["keyframes"], help="ask about keyframes near the sampled frames"
+    )
     options = parser.parse_args()
     print(summary(card(torch.device("cpu"))), flush=True)
     with ExitStack() as stack:
@@ -297,7 +312,7 @@ def main() -> None:
         if url is None:
             flags = ("--attention-backend", "pevlm", *SERVER_FLAGS)
             url = stack.enter_context(Server(MODEL, *flags)).url
-        compared, failures = run(Client(url))
+        compared, failures = run(Client(url), frames=options.frames)
     print(compared.table(), "", *failures, "gate: " + ("red" if failures else "green"), sep="\n")
     print(json.dumps({**compared.as_json(), "failures": failures}))
     if failures:

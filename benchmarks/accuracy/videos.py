@@ -218,13 +218,22 @@ def render_world(world: World, seed: int) -> torch.Tensor:
     return frames.flatten(0, 1).round().to(torch.uint8)
 
 
-def write_mp4(path: Path, frames: torch.Tensor, fps: float = FPS) -> Path:
-    """Encode frames with H.264; a server that samples ``fps`` keeps each."""
+def write_mp4(path: Path, frames: torch.Tensor, fps: float = FPS, group: int | None = None) -> Path:
+    """Encode frames with H.264; a server that samples ``fps`` keeps each.
+
+    Args:
+        group: frames from a keyframe to the next; None = what the encoder likes.
+    """
     from torchcodec.encoders import VideoEncoder
 
     path.parent.mkdir(parents=True, exist_ok=True)
     VideoEncoder(frames, frame_rate=fps).to_file(
-        path, codec="libx264", pixel_format="yuv420p", crf=16, preset="veryfast"
+        path,
+        codec="libx264",
+        pixel_format="yuv420p",
+        crf=16,
+        preset="veryfast",
+        extra_options={} if group is None else {"g": str(group), "sc_threshold": "0"},
     )
     return path
 

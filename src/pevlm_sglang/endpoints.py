@@ -22,7 +22,7 @@ OBEYED = (*CHATS, "/v1/completions", "/generate", "/vertex_generate")
 """Paths on which ``custom_params`` reaches the scheduler."""
 
 WISHES = (
-    *("fps", "nframes", "num_frames", "min_frames", "max_frames"),
+    *("fps", "nframes", "num_frames", "min_frames", "max_frames", "frames"),
     *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
     *("video_config", "mm_process_config", "mm_processor_kwargs"),
 )
@@ -102,7 +102,8 @@ def refusal(path: str, body: bytes) -> str | None:
         for url in _each(part.get("video_url")):
             for name in WISHES:  # SGLang's model takes true for 1
                 if isinstance(value := url.get(name), bool):
-                    return f"PEVLM: {name}: expected a number, got {json.dumps(value)}"
+                    kind = "a word" if name == "frames" else "a number"
+                    return f"PEVLM: {name}: expected {kind}, got {json.dumps(value)}"
     for place, mapping in _places(path, content):
         for name in WISHES:
             if mapping.get(name) is not None:

@@ -23,6 +23,10 @@ from itertools import pairwise
 Range = tuple[int, int]
 """A half-open range of token positions in the expanded prompt, ``[start, end)``."""
 
+MOST_RANGES = 2**20
+"""Of sinks and extents of all blocks of a prompt. They grow with blocks times videos before them: a
+hundred videos of a hundred blocks have half as many."""
+
 
 @dataclass(frozen=True)
 class FrameSpans:
@@ -78,7 +82,7 @@ class FrameSpans:
         return whole_steps(frames, self.frames_per_step)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ContextBlock:
     """One context block: the LOCAL tokens of a few steps, and the keys that they see.
 
@@ -106,9 +110,8 @@ class ContextBlock:
 
     def keys_up_to(self, position: int) -> tuple[Range, ...]:
         """What the LOCAL tokens before ``position`` see: the sink, and the block so far."""
-        keys: list[Range] = []
-        for key_range in (*self.sink, (self.extent_start, position)):
-            _extend(keys, key_range)
+        keys = [*self.sink]
+        _extend(keys, (self.extent_start, position))
         return tuple(keys)
 
 
@@ -174,7 +177,8 @@ class Layout:
             block_frames: sampled frames in a context block. Both round up to whole steps.
 
         Raises:
-            ValueError: a negative sink, an empty block, or videos out of order.
+            ValueError: a negative sink, an empty block, videos out of order, or more ranges than
+                ``MOST_RANGES`` in what all blocks see.
         """
         if sink_frames < 0:
             raise ValueError(f"sink_frames: expected >= 0, got {sink_frames}")
@@ -188,21 +192,32 @@ class Layout:
                 )
         blocks: list[ContextBlock] = []
         global_ranges: list[Range] = []  # all GLOBAL tokens before `cursor`
-        cursor = 0
+        cursor = listed = 0
         for index, video in enumerate(videos):
             n_sink = video.to_steps(sink_frames)
             n_block = video.to_steps(block_frames)
             sink_end = video.steps[min(n_sink, len(video.steps)) - 1][1] if n_sink else video.start
             _extend(global_ranges, (cursor, sink_end))
             cursor = sink_end
-            sink = tuple(global_ranges)
-            for number, first in enumerate(range(n_sink, len(video.steps), n_block)):
+            firsts = range(n_sink, len(video.steps), n_block)
+            sink = tuple(global_ranges) if firsts else ()
+            listed += len(firsts) * (len(sink) + 1)
+            if listed > MOST_RANGES:
+                raise ValueError(
+                    f"videos: expected at most {MOST_RANGES} ranges in what all blocks see, got "
+                    "more; ask for larger blocks, or about fewer videos or images at a time"
+                )
+            for number, first in enumerate(firsts):
                 extent_start = cursor
-                tokens: list[Range] = []
-                for start, end in video.steps[first : first + n_block]:
-                    _extend(global_ranges, (cursor, start))
-                    _extend(tokens, (start, end))
-                    cursor = end
+                steps = video.steps[first : first + n_block]
+                tokens = [(steps[0][0], steps[-1][1])]
+                if video.image_run:  # there may be text between its steps
+                    tokens.clear()
+                    for start, end in steps:
+                        _extend(global_ranges, (cursor, start))
+                        _extend(tokens, (start, end))
+                        cursor = end
+                cursor = tokens[-1][1]
                 blocks.append(ContextBlock(index, number, tuple(tokens), sink, extent_start))
         return cls(tuple(blocks))
 
@@ -280,15 +295,31 @@ class Layout:
 
     def most_keys(self, length: int, window: int) -> int:
         """Keys that the pieces of a forward list at most, of ``window`` tokens in a row of a prompt
-        of ``length``."""
-        most = keys = first = 0
-        pieces = self.pieces(0, length)
-        for piece in pieces:
-            keys += piece.num_keys
-            while pieces[first].end - 1 + window <= piece.start:
-                keys -= pieces[first].num_keys
+        of ``length``. As :meth:`pieces` cuts them, without making their lists."""
+        starts: list[int] = []
+        ends: list[int] = []
+        counts: list[int] = []
+        video, local, in_sink = -1, 0, 0
+        for start, end, block in self._runs(0, length):
+            keys = end
+            if block is not None:
+                if block.video != video:  # its first block; all before is sink or earlier blocks
+                    video, in_sink = block.video, block.extent_start - local
+                local += end - start
+                keys = in_sink + end - block.extent_start
+            if keys == end and ends and ends[-1] == counts[-1]:  # neighbours, both full
+                start = starts.pop()
+                del ends[-1], counts[-1]
+            starts.append(start)
+            ends.append(end)
+            counts.append(keys)
+        most = listed = first = 0
+        for start, keys in zip(starts, counts, strict=True):
+            listed += keys
+            while ends[first] - 1 + window <= start:
+                listed -= counts[first]
                 first += 1
-            most = max(most, keys)
+            most = max(most, listed)
         return most
 
     def visible_fraction(self, length: int) -> float:

@@ -22,7 +22,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.family import Family
 from pevlm_sglang.families.spans import SpanRule
 from pevlm_sglang.layout import whole_steps
-from pevlm_sglang.media import embeddings, limits, stages, transport, video_url
+from pevlm_sglang.media import embeddings, limits, pixel_device, stages, transport, video_url
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.settings import flags, refusals, request_fields
 from pevlm_sglang.settings.config import PevlmConfig
@@ -187,7 +187,7 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
         return
     registry.read_checkpoints()
     resolve_once(server_args)
-    video_url.offer_max_pixels()
+    video_url.offer_wishes()
     limits.install(config, server_args.host)
     if not resolved_before:
         _check_resolved(server_args, config)
@@ -216,6 +216,9 @@ def _check_resolved(server_args: Any, config: PevlmConfig) -> None:
     refusals.check_environment()
     registry.check_launch(hf_config, (resolved.mm_process_config or {}).get("video", {}))
     server_args._pevlm_architectures = list(hf_config.architectures)
+    able = registry.family_of(hf_config.architectures).gpu_pixels
+    device = pixel_device.choose(config.media_device, resolved, able=able)
+    setattr(server_args, pixel_device.CHOSEN, str(device))
     registry.offer_chat_template(registry.family_of(hf_config.architectures), resolved.model_path)
     if warning := seams.untested_version(importlib.metadata.version("sglang")):
         logger.warning("PEVLM: %s", warning)
@@ -253,12 +256,18 @@ def _around_get_model_architecture(get_model_architecture: Any, config: Any) -> 
 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "obj")
-def _before_generate_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+def _around_generate_request(
+    generate_request: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
     if _Process.config is None:
-        return
+        return generate_request(manager, obj, *args, **kwargs)
     stages.begin()
     if hasattr(obj, "sampling_params"):
         request_fields.check(obj, manager.model_config.vocab_size)
+    outputs = generate_request(manager, obj, *args, **kwargs)
+    if not (manager.enable_metrics and obj.contains_mm_input()):
+        return outputs
+    return stages.until_first_token(outputs, obj)
 
 
 @_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request", "tokenized_obj")
@@ -315,7 +324,7 @@ def _after_build_attention_backends(result: Any, *, model_runner: Any) -> None:
     if (install := family.load("install_in_scheduler")) is not None:
         install(architecture)
     embeddings.install(holder)
-    corrections = (*family.corrected(hf_config), embeddings.ONE_RUN)
+    corrections = (*family.corrected(hf_config), embeddings.EACH_STEP_ONCE)
     if hybrid:
         pass_on_vetoes(backend)
     _Process.serving = _Serving(
@@ -350,6 +359,26 @@ def _after_forward_batch(_result: Any, _cls: type, batch: Any, *args: Any, **kwa
     """Just before its forward. SGLang puts the decode rows of a mixed batch last."""
     if (serving := _Process.serving) is not None:
         serving.observer.decode_rows = len(getattr(batch, "decoding_reqs", None) or ())
+
+
+@_hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", "forward_batch")
+def _around_forward(
+    forward: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    serving = _Process.serving
+    if serving is None or runner.is_draft_worker or not is_prefill(forward_batch.forward_mode):
+        return forward(runner, forward_batch, *args, **kwargs)
+    with serving.observer.prefill(forward_batch.input_ids.device):
+        return forward(runner, forward_batch, *args, **kwargs)
+
+
+def is_prefill(mode: Any) -> bool:
+    """Whether a forward of SGLang's ``ForwardMode`` has a prompt's tokens."""
+    if not mode.is_extend():  # decode, which is asked most
+        return False
+    from pevlm_sglang.attention.backend import PREFILL_MODES
+
+    return mode in PREFILL_MODES
 
 
 def is_first_rank(parallel: Any) -> bool:
@@ -405,6 +434,7 @@ def _after_get_init_info(info: dict[str, Any], scheduler: Any) -> None:
     if (serving := _Process.serving) is not None:
         info[SERVER_INFO_KEY] = {
             **serving.config.describe(),
+            "media_device": getattr(scheduler.server_args, pixel_device.CHOSEN),
             "base_backend": scheduler.tp_worker.model_runner.prefill_attention_backend_str,
             "prefill_kernel": serving.prefill_kernel,
             "frames_per_step": serving.rule.frames_per_step,

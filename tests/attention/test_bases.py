@@ -8,17 +8,11 @@ metadata, or PEVLM's plan.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from support.base_cases import takes_fp8
-
-TESTS = Path(__file__).parents[1]
-
+from support.isolated import INTERPRETED, run_module
 
 # Base → dense cases of SGLang's kit (decode of the emulated ones is not run), and what is taken for
 # each --pevlm-prefill-kernel.
@@ -37,16 +31,8 @@ CASES = {
 def test_base_backend(base: str) -> None:
     """All cases ran, none skipped, to fp32 rounding."""
     dense, kernels = CASES[base]
-    done = subprocess.run(
-        [sys.executable, "-m", "support.base_cases", base, *kernels],
-        cwd=TESTS,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout.splitlines()[-1])
+    written = run_module("support.base_cases", base, *kernels, env=INTERPRETED)
+    summary = json.loads(written.splitlines()[-1])
     assert summary["taken"] == kernels
     assert summary["dense"] == dense
     assert (summary["planned"], summary["sparse"]) == (9 * len(kernels), 20 * len(kernels))

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_plan
+import request_costs
 
 from pevlm_kernels.flash_calls import SCRATCH_BYTES
 from pevlm_sglang.observe.observer import Observer
@@ -47,3 +48,21 @@ def test_a_mixed_batch_copies_the_video_alone() -> None:
 
 def test_call_overhead_is_microseconds() -> None:
     assert bench_plan.call_overhead(Observer(log=False, metrics=False)) < 1e-4
+
+
+@pytest.mark.parametrize("name", request_costs.KINDS)
+def test_a_request_costs_in_proportion_to_its_steps(name: str) -> None:
+    """Ten times the steps, ten times the time: a quadratic part would show."""
+    few, many = (request_costs.request_row(name, steps, 8192) for steps in (120, 1200))
+    assert few["refused"] is many["refused"] is None
+    assert (few["blocks"], many["blocks"]) == ((120, 1200) if name == "images" else (119, 1199))
+    assert all(few[f"{part}_us"] > 0 for part in request_costs.TIMES)
+    for part in ("spans", "layout", "size"):
+        if (name, part) != ("images", "layout"):  # whose blocks all see other text, up to a bound
+            assert many[f"{part}_us"] < 30 * few[f"{part}_us"], part
+
+
+def test_a_request_beyond_the_bound() -> None:
+    row = request_costs.request_row("images", 2000, 8192)
+    assert "expected at most 1048576 ranges in what all blocks see" in row["refused"]
+    assert "refused" in request_costs.request_line(row)

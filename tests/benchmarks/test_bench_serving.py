@@ -3,6 +3,8 @@ one; and the command that runs everything, without the time to."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import inspect
 import json
 import os
@@ -12,9 +14,11 @@ import sys
 import threading
 from importlib.metadata import Distribution
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -76,12 +80,36 @@ def test_what_the_stopwatch_hooks_is_there(monkeypatch: pytest.MonkeyPatch) -> N
         owner, name = target.rsplit(".", 1)
         original = getattr(pkgutil.resolve_name(owner), name)
         assert inspect.iscoroutinefunction(original) == inspect.iscoroutinefunction(hook), target
-    positions = {"ModelRunner.forward": 1, "RadixAttention.forward": 4}
+    positions = {"ModelRunner.forward": 1, ".AttentionBackend.forward": 5}
     for end, position in positions.items():
         (target,) = [target for target in targets if target.endswith(end)]
         owner, name = target.rsplit(".", 1)
         parameters = list(inspect.signature(getattr(pkgutil.resolve_name(owner), name)).parameters)
         assert parameters[position] == "forward_batch"
+
+
+@pytest.mark.parametrize(
+    ("mode", "capturing", "timed"),
+    [("EXTEND", False, True), ("EXTEND", True, False), ("DECODE", False, False)],
+)
+def test_a_graph_that_is_captured_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, mode: str, capturing: bool, timed: bool
+) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    class Timer:
+        def measure(self, device: Any) -> Any:
+            timers.append(device)
+            return contextlib.nullcontext()
+
+    timers: list[Any] = []
+    monkeypatch.setattr(stopwatch, "_attention", Timer())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    batch = SimpleNamespace(forward_mode=ForwardMode[mode])
+    q = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    found = stopwatch._timed_attention(lambda *args, **_: args, 0, q, 1, 2, 3, batch, True)
+    assert found == (0, q, 1, 2, 3, batch, True)
+    assert bool(timers) == timed
 
 
 def test_functions_that_call_each_other_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +286,71 @@ def test_real_dimensions_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         serving.running("Qwen2.5-VL-7B"),
     ):
         pass
+
+
+def test_graphs_of_a_server_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_URL", "http://there")
+    monkeypatch.setenv("SERVER_GATE", "green")
+    with (
+        pytest.raises(SystemExit, match="--cuda-graphs: expected none beside SERVER_URL"),
+        serving.running("tiny", graphs="full"),
+    ):
+        pass
+
+
+def test_graphs_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.torch.cuda, "is_available", lambda: False)
+    with (
+        pytest.raises(SystemExit, match="--cuda-graphs: expected none on a machine without a GPU"),
+        serving.running("tiny", graphs="off"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("graphs", "decode", "prefill"),
+    [
+        ("sglang", None, None),
+        ("off", "disabled", "disabled"),
+        ("breakable", None, "breakable"),
+        ("full", None, "full"),
+    ],
+)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_launch_words(on_gpu: bool, graphs: str, decode: str | None, prefill: str | None) -> None:
+    """As SGLang reads them: on a GPU, nothing takes its graphs away but ``off``."""
+    from sglang.srt.server_args import ServerArgs
+
+    flags = serving.launch_flags(on_gpu=on_gpu, dummy=True, graphs=graphs)
+    at = flags.index("--attention-backend")
+    assert flags.pop(at + 1) == "pevlm"  # a choice where the plugin is loaded
+    flags.pop(at)
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    read = parser.parse_args(["--model-path", "model", *flags])
+    found = read.cuda_graph_backend_decode, read.cuda_graph_backend_prefill
+    assert found == ((decode, prefill) if on_gpu else (None, None))
+    assert not any("disable" in flag and "graph" in flag for flag in flags)
+    assert read.device == ("cuda" if on_gpu else None)
+    assert read.load_format == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cuda", {"decode": "full", "prefill": "disabled"}),
+        ("cpu", {"decode": "disabled", "prefill": "disabled"}),
+    ],
+)
+def test_graphs_are_what_the_server_says(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: dict[str, str]
+) -> None:
+    """None is captured on a CPU, whatever its default says."""
+    config = {"decode": {"backend": "full", "bs": [1]}, "prefill": {"backend": "disabled"}}
+    client = serving.Client("http://nowhere")
+    info = {"device": device, "cuda_graph_config": config}
+    monkeypatch.setattr(client, "info", lambda: info)
+    assert client.graphs() == expected
 
 
 # --- Everything in one command -------------------------------------------------------------------

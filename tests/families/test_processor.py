@@ -1,4 +1,4 @@
-"""What the families' processors share: the type in which pixels travel, and a medium's identity."""
+"""What the families' processors share: the type in which pixels travel, and a clip's identity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 runtime = pytest.importorskip("sglang.srt.runtime_context")
 from sglang.srt.managers.schedule_batch import Modality  # noqa: E402
 
-from pevlm_sglang.families.processor import Medium, _tower_dtype  # noqa: E402
+from pevlm_sglang.families.placeholder_processor import Medium  # noqa: E402
+from pevlm_sglang.families.processor import _tower_dtype  # noqa: E402
+from pevlm_sglang.media.clips import whole  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -33,42 +35,26 @@ def test_pixels_travel_as_the_tower_takes_them(
         assert _tower_dtype(SimpleNamespace(dtype=checkpoint)) == expected
 
 
-PIXELS = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.zeros(2, 3, 4, 4)  # of which the digest cannot tell another type or shape
 
 
-@pytest.mark.parametrize("source", [None, b"digest of a file"])
 @pytest.mark.parametrize(
     "change",
     [
-        {"pixels": PIXELS.bfloat16()},
-        {"pixels": PIXELS[:1]},
+        {"pixels": PIXELS.bfloat16()[:, :, :, :2]},
+        {"pixels": PIXELS.view(2, 3, 2, 8)},
+        {"pixels": PIXELS + 1},
         {"modality": Modality.IMAGE},
         {"data": {"frames": 1}},
         {"data": {}},
-        {"source": b"digest of another"},
     ],
     ids=str,
 )
-def test_another_medium_is_another_to_the_caches(
-    source: bytes | None, change: dict[str, Any]
-) -> None:
+def test_another_clip_is_another_to_the_caches(change: dict[str, Any]) -> None:
     def identity(**changes: Any) -> int:
-        medium = {
-            "modality": Modality.VIDEO,
-            "pixels": PIXELS,
-            "data": {"frames": 2},
-            "source": source,
-            **changes,
-        }
-        return Medium(tokens=7, **medium).identity
+        said = {"modality": Modality.VIDEO, "pixels": PIXELS, "data": {"frames": 2}, **changes}
+        clip = whole(said["pixels"])
+        return Medium(said["modality"], (clip,), tokens=7).identity(clip, said["data"])
 
     assert identity() == identity(pixels=PIXELS.clone())
     assert identity(**change) != identity()
-
-
-def test_without_a_file_a_medium_is_known_by_its_pixels() -> None:
-    def identity(pixels: torch.Tensor) -> int:
-        return Medium(Modality.VIDEO, pixels, 7).identity
-
-    assert identity(PIXELS.transpose(0, 1).contiguous().transpose(0, 1)) == identity(PIXELS)
-    assert identity(PIXELS.flip(0)) != identity(PIXELS)

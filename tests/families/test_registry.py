@@ -66,7 +66,7 @@ def test_a_family_is_whole(family: Any) -> None:
         assert (family.load(part) is None) == (getattr(family, part) is None)
     assert family.load("processor").__module__.startswith(f"pevlm_sglang.families.{family.name}.")
     assert set(family.corrections) == set(family.checkpoints)
-    assert set(family.names()[1]) <= {"fps", "max_frames", "max_pixels"}
+    assert set(family.names()[1]) <= {"fps", "max_frames", "max_pixels", "frames"}
     assert family.sizes.PUBLISHED
 
 

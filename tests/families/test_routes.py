@@ -6,7 +6,9 @@ The table in docs/serving.md says which. Batches are tested on servers.
 from __future__ import annotations
 
 import base64
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry
+from pevlm_sglang.media import limits, slices
 from support.families import internvl_model, internvl_upstream, llava_video_tiny, longvila
 from support.processor import Processor, sglang_processor
 from support.tiny import make_tiny_model
@@ -158,7 +162,7 @@ ARRAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check_same(output: Any, expected: Any, *, one_file: bool) -> None:
+def check_same(output: Any, expected: Any) -> None:
     """Tokens, positions, pixels; and by what they are known."""
     assert output.input_ids == expected.input_ids
     positions = (getattr(one, "mrope_positions", None) for one in (output, expected))
@@ -167,16 +171,35 @@ def check_same(output: Any, expected: Any, *, one_file: bool) -> None:
     [item], [theirs] = output.mm_items, expected.mm_items
     assert torch.equal(item.feature, theirs.feature)
     assert item.offsets == theirs.offsets
-    assert (item.hash == theirs.hash) is one_file
+    assert item.hash == theirs.hash
 
 
 @pytest.mark.parametrize("route", ENCODED)
 def test_encoded(process: Any, clip: Path, route: str) -> None:
-    check_same(process([ENCODED[route](clip)]), process([str(clip)]), one_file=True)
+    check_same(process([ENCODED[route](clip)]), process([str(clip)]))
 
 
 def test_http(process: Any, clip: Path, http_url: str) -> None:
-    check_same(process([http_url]), process([str(clip)]), one_file=True)
+    check_same(process([http_url]), process([str(clip)]))
+
+
+def test_more_pixels_than_a_request_may_have(
+    process: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before any of them is decoded."""
+
+    def decoding(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    process.func.sglang.cache.clear()
+    monkeypatch.setattr(slices, "decoded", decoding)
+    exactly = FRAMES * 112 * 84
+    monkeypatch.setattr(limits, "limits", limits.Limits(request_pixels=exactly))
+    with pytest.raises(AssertionError, match="decoded"):
+        process([str(clip)])
+    monkeypatch.setattr(limits, "limits", limits.Limits(request_pixels=exactly - 1))
+    with pytest.raises(ValueError, match=rf"at most {exactly - 1} pixels .*, got {exactly};"):
+        process([str(clip)])
 
 
 @pytest.mark.parametrize("route", ARRAYS)
@@ -187,7 +210,7 @@ def test_arrays(process: Any, family: str, clip: Path, frames: Any, route: str) 
         with pytest.raises(ValueError, match="fps: expected one of max_frames"):
             process([ARRAYS[route](sampled)])
         return
-    check_same(process([ARRAYS[route](sampled)]), process([str(clip)]), one_file=False)
+    check_same(process([ARRAYS[route](sampled)]), process([str(clip)]))
 
 
 def test_other_arrays_are_another_video(process: Any, frames: Any) -> None:
@@ -223,8 +246,7 @@ def test_what_is_made_otherwise_is_another_video(
     processor = process.func.sglang
     wide = processor._dtype == torch.float32
     changes: dict[str, Any] = {"_dtype": torch.bfloat16 if wide else torch.float32}
-    if family.startswith("qwen"):
-        changes["_exact"] = not processor._exact
+    if family == "qwen2_5_vl":  # the rate is in the positions; in Qwen3-VL's text, where it is
         assert known(process, *({"url": frames, "fps": rate} for rate in (2, 4))) == 2
     if family == "internvl":
         changes["VIDEO_MAX_NUM"] = 6
@@ -241,6 +263,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.read_bytes())
+    process.func.sglang.cache.clear()
     reader = process.func.sglang.reader
     upstream = reader.read
 
@@ -251,6 +274,129 @@ def test_a_file_that_changes_while_it_is_read(
     monkeypatch.setattr(reader, "read", read)
     with pytest.raises(ValueError, match="expected a file that stays as it is"):
         process([str(path)])
+
+
+def sampled(process: Any, family: str, total: int, fps: float) -> list[int]:
+    """Which frames of a file, without a wish."""
+    processor = process.func.sglang
+    if family.startswith("qwen"):
+        count = processor.geometry.sampled_frames(total, fps, processor.settings)
+        return [round(place) for place in np.linspace(0, total - 1, count)]
+    found: list[int] = processor.geometry.indices(total, fps, processor.settings)
+    return found
+
+
+def test_keyframes(process: Any, family: str, tmp_path: Path) -> None:
+    """Those near the sampled frames; tokens and positions stay, but for Qwen3-VL's timestamps."""
+    from sglang.srt.utils import VideoData
+    from torchcodec.decoders import VideoDecoder
+
+    path = tmp_path / "keyed.mp4"
+    write_video(path, seconds=4, fps=10, size=(112, 84), seed=1, group=7)
+    every = VideoDecoder(str(path), dimension_order="NHWC")[:].numpy()
+    indices = sampled(process, family, 40, 10.0)
+    half = (indices[-1] - indices[0]) / (len(indices) - 1) / 2
+    expected = []
+    for index in indices:
+        key = min((0, 7, 14, 21, 28, 35), key=lambda key: abs(key - index))
+        expected.append(key if abs(key - index) <= half and key not in expected else index)
+    assert 3 < len({*expected} & {0, 7, 14, 21, 28, 35}) < len(expected)
+    assert expected != indices
+
+    wish = {"frames": "keyframes"}
+    output, plain = process([{"url": str(path), **wish}]), process([str(path)])
+    assert torch.equal(output.mm_items[0].feature, process([every[expected]]).mm_items[0].feature)
+    assert output.mm_items[0].hash != plain.mm_items[0].hash
+    chat = process([VideoData(str(path), preprocess_kwargs=wish)])
+    check_same(chat, output)
+    if family == "qwen3_vl":
+        times = [sum(expected[at : at + 2]) / 2 / 10 for at in range(0, len(expected), 2)]
+        text = process.func.sglang._tokenizer.decode(output.input_ids)
+        assert re.findall(r"<([\d.]+) seconds>", text) == [f"{time:.1f}" for time in times]
+        return
+    assert output.input_ids == plain.input_ids
+    if family.startswith("qwen"):
+        assert torch.equal(output.mrope_positions, plain.mrope_positions)
+
+
+def test_wish_for_frames_that_cannot_be_met(process: Any, clip: Path, frames: Any) -> None:
+    with pytest.raises(ValueError, match="frames: expected an encoded video, got frames"):
+        process([{"url": frames, "frames": "keyframes"}])
+    for word in ("keyframe", "all", 3, True):
+        with pytest.raises(ValueError, match="frames: expected 'keyframes', got"):
+            process([{"url": str(clip), "frames": word}])
+
+
+@pytest.fixture
+def old_copy(process: Any, clip: Path, tmp_path: Path) -> Path:
+    """Of the clip, old enough to be known by what the file system says, on an empty cache."""
+    path = tmp_path / "old.mp4"
+    path.write_bytes(clip.read_bytes())
+    time.sleep(0.12)
+    process.func.sglang.clear_preprocess_cache()
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often frames were decoded, and files opened."""
+    seen = {"decoded": 0, "opened": 0}
+    decoded, opened = slices.decoded, VideoDecoderWrapper.__init__
+
+    def watched(*args: Any) -> Any:
+        seen["decoded"] += 1
+        return decoded(*args)
+
+    def open_it(*args: Any, **kwargs: Any) -> None:
+        seen["opened"] += 1
+        opened(*args, **kwargs)
+
+    monkeypatch.setattr(slices, "decoded", watched)
+    monkeypatch.setattr(VideoDecoderWrapper, "__init__", open_it)
+    return seen
+
+
+def test_what_is_prepared_stays_so(process: Any, old_copy: Path, counted: dict[str, int]) -> None:
+    """For its tenant, until it is flushed; and a known file is not opened."""
+    first = process([str(old_copy)])
+    once = dict(counted)
+    assert min(once.values()) > 0
+    check_same(process([str(old_copy)]), first)
+    assert counted == once
+    process([str(old_copy)], cache_salt="another")
+    assert counted["decoded"] == 2 * once["decoded"]
+    process([str(old_copy)], extra_key="another")
+    assert counted["decoded"] == 3 * once["decoded"]
+    process.func.sglang.clear_preprocess_cache()
+    check_same(process([str(old_copy)]), first)
+    assert counted["decoded"] == 4 * once["decoded"]
+
+
+def test_the_same_file_by_another_route(
+    process: Any, old_copy: Path, counted: dict[str, int]
+) -> None:
+    """Is opened to be known by its content, and decoded no more."""
+    first = process([str(old_copy)])
+    once = dict(counted)
+    check_same(process([old_copy.read_bytes()]), first)
+    assert counted == {"decoded": once["decoded"], "opened": once["opened"] + 1}
+
+
+def test_a_known_file_that_changes_before_it_is_read(
+    process: Any, old_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process([str(old_copy)])
+    processor = process.func.sglang
+    processor.cache.clear()  # known, and not prepared
+    content, opened = old_copy.read_bytes(), processor._opened
+
+    def replaced(video: Any) -> Any:
+        old_copy.write_bytes(content + b"another")
+        return opened(video)
+
+    monkeypatch.setattr(processor, "_opened", replaced)
+    with pytest.raises(ValueError, match="expected a file that stays as it is"):
+        process([str(old_copy)])
 
 
 def test_too_many_arrays(process: Any, frames: Any) -> None:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("sglang")
 
@@ -98,6 +100,21 @@ def test_what_is_no_path_is_left_alone() -> None:
 # --- Sizes -----------------------------------------------------------------------------------
 
 
+def test_every_limit_of_the_server_is_set() -> None:
+    """From its flag, and from nowhere else."""
+    options = {
+        "max_source_mb": 1,
+        "max_fetch_seconds": 2,
+        "max_redirects": 3,
+        "max_video_seconds": 4,
+        "max_frame_megapixels": 5,
+        "max_request_megapixels": 6,
+    }
+    mib = 1 << 20
+    assert of("/", **options) == Limits(("/",), False, mib, 2, 3, 4, 5 * mib, 6 * mib)
+    assert of(host=None) == Limits()
+
+
 def test_size_of_a_source(folder: Path) -> None:
     large, checked = b"x" * ((1 << 20) + 3), of("/", max_source_mb=1)
     path = folder / "large"
@@ -129,6 +146,21 @@ def test_size_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "limits", of(max_frame_megapixels=1))
     with pytest.raises(ValueError, match=r"at most 1048576 pixels .--pevlm-max-frame-megapixels"):
         length_and_rate(Video(600))
+
+
+def test_pixels_of_a_request() -> None:
+    """Of all its media together, as they are in their files."""
+    checked = of(max_request_megapixels=10)
+    video, picture = Video(600), Image.new("RGB", (2048, 512))  # 2 and 1 of them
+    videos = [(2, video), (1, video)]
+    images = [picture, torch.zeros(3, 512, 2048), {"format": "processor_output"}]
+    checked.check_pixels(videos, [*images, picture, picture])
+    expected = (
+        r"at most 10485760 pixels .* \(--pevlm-max-request-megapixels\), got 11534336; ask for"
+    )
+    for much in ((videos, [picture] * 5), ([*videos, (2, video)], [torch.zeros(3, 512, 2048)])):
+        with pytest.raises(ValueError, match=expected):
+            checked.check_pixels(*much)
 
 
 # --- Hosts -----------------------------------------------------------------------------------

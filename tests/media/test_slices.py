@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pevlm_sglang.media.slices import SLICE_FRAMES, Reader, all_of, keyframes, segments
+from pevlm_sglang.media.keyframes import in_place_of
+from pevlm_sglang.media.slices import SLICE_FRAMES, Reader, all_of, segments
 
 MIB = 1 << 20
 
@@ -239,16 +240,24 @@ def test_other_threads_of_pytorch_stay_as_many() -> None:
 
 # --- Real files ------------------------------------------------------------------------------
 
+TEN_BITS = ("-pix_fmt", "yuv420p10le")
 FILES = {
     "h264, three keyframes": ("libx264", ["-g", "40", "-keyint_min", "40"]),
     "h264, one keyframe": ("libx264", ["-g", "9999", "-sc_threshold", "0"]),
     "h264, open groups": ("libx264", ["-x264-params", "open-gop=1:keyint=30:bframes=3"]),
     "hevc": ("libx265", ["-x265-params", "keyint=25:log-level=none"]),
-    "hevc, 10 bits": ("libx265", ["-pix_fmt", "yuv420p10le", "-x265-params", "log-level=none"]),
+    "hevc, 10 bits": (
+        "libx265",
+        [*TEN_BITS, "-x265-params", "keyint=25:open-gop=1:log-level=none"],
+    ),
     "vp9": ("libvpx-vp9", ["-g", "30"]),
     "av1": ("libaom-av1", ["-cpu-used", "8", "-g", "30"]),
-    "variable rate": ("libx264", ["-vf", "setpts='PTS+random(0)/(8*TB)'", "-vsync", "vfr"]),
-    "rotated": ("libx264", ["-metadata:s:v:0", "rotate=90", "-g", "30"]),
+    "av1, 10 bits": ("libaom-av1", [*TEN_BITS, "-cpu-used", "8", "-g", "30"]),
+    "variable rate": (
+        "libx264",
+        ["-vf", "setpts='PTS+random(0)/(8*TB)'", "-vsync", "vfr", "-g", "30"],
+    ),
+    "rotated": ("libx264", ["-g", "30"]),
 }
 
 
@@ -259,16 +268,36 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     source = ["-f", "lavfi", "-i", "testsrc2=size=96x64:rate=20:duration=6"]
     command = ["ffmpeg", "-v", "error", *source, "-c:v", codec, *options, str(path)]
     subprocess.run(command, check=True)
+    if request.param == "rotated":  # said beside the pictures, as telephones do
+        upright, path = path, path.with_name("rotated.mp4")
+        said = ["-c", "copy", "-metadata:s:v:0", "rotate=90"]
+        subprocess.run(["ffmpeg", "-v", "error", "-i", str(upright), *said, str(path)], check=True)
     return path
 
 
+def test_files_are_what_they_are_called(file: Path, request: pytest.FixtureRequest) -> None:
+    from torchcodec.decoders import VideoDecoder
+
+    name, decoder = request.node.callspec.params["file"], VideoDecoder(file)
+    frames = decoder.get_frames_at([*range(len(decoder))])
+    assert decoder.metadata.codec == name.split(",")[0] or name in ("variable rate", "rotated")
+    assert ("10" in str(decoder.metadata.pixel_format)) == ("10 bits" in name)
+    assert tuple(frames.data.shape[2:]) == ((96, 64) if name == "rotated" else (64, 96))
+    apart = frames.pts_seconds.diff()
+    assert (float(apart.max() - apart.min()) > 0.05) == (name == "variable rate")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_frames_are_those_of_one_decoder(file: Path, threads: int) -> None:
+@pytest.mark.parametrize("wish", [None, "keyframes"])
+def test_frames_are_those_of_one_decoder(file: Path, threads: int, wish: str | None) -> None:
     from sglang.srt.utils.video_decoder import VideoDecoderWrapper
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(file, dimension_order="NHWC")
-    indices = torch.linspace(0, len(decoder) - 1, 90).round().long().tolist()
+    count = 90 if wish is None else 12
+    indices = torch.linspace(0, len(decoder) - 1, count).round().long().tolist()
+    if wish is not None:
+        indices = in_place_of(VideoDecoderWrapper(str(file)), indices)
     expected = torch.stack([decoder[index] for index in indices])
     got = torch.zeros_like(expected)
 
@@ -306,15 +335,3 @@ def test_file_with_one_keyframe_gets_threads_of_ffmpeg(
         asyncio.run(reader.read(video, range(count), lambda start, frames: None))
         reader.shutdown()
         assert asked == expected
-
-
-def test_keyframes_of_a_file(tmp_path: Path) -> None:
-    """The decoder's own function for it is not a public one."""
-    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
-
-    path = tmp_path / "clip.mp4"
-    source = ["-f", "lavfi", "-i", "testsrc2=size=96x64:rate=20:duration=6"]
-    options = ["-c:v", "libx264", "-g", "40", "-sc_threshold", "0"]
-    subprocess.run(["ffmpeg", "-v", "error", *source, *options, str(path)], check=True)
-    assert keyframes(VideoDecoderWrapper(str(path))) == [0, 40, 80]
-    assert keyframes(Video()) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from pevlm_sglang.media import transport
+from pevlm_sglang.media import shared, transport
 
 MANAGER = SimpleNamespace(enable_metrics=False)
 
@@ -90,6 +91,51 @@ def test_pixels_are_copied_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     pointer.__setstate__(pointer.__getstate__())
     assert torch.equal(pointer.materialize(), pixels)
     assert not exists(pointer)
+
+
+def test_pixels_are_given_back_in_a_thread() -> None:
+    """By the last who has them, whatever SGLang does with them before."""
+    where, released = [], []
+
+    class Pixels:
+        is_cpu = True
+
+        def __del__(self) -> None:
+            where.append(threading.current_thread())
+
+    inputs = SimpleNamespace(mm_items=[SimpleNamespace(feature=f) for f in (Pixels(), None)])
+
+    def upstream(inputs: Any) -> None:
+        released.append(inputs)
+        for item in inputs.mm_items:
+            item.feature = None
+
+    transport.release(upstream, inputs)
+    transport._freeing.submit(int).result()  # after it
+    assert released == [inputs]
+    assert len(where) == 1
+    assert where[0] is not threading.main_thread()
+
+
+def test_pixels_in_shared_memory_are_not_copied() -> None:
+    """A request takes a name of them along, which is its own to remove."""
+    pixels = shared.empty((3, 4), torch.float32)
+    pixels.copy_(torch.arange(12.0).view(3, 4))
+
+    async def upstream(manager: Any, tokenized: Any) -> None:
+        mm_utils.wrap_shm_features(tokenized)  # as SGLang does
+
+    pointers = []
+    for _ in range(2):
+        tokenized = request(pixels)
+        asyncio.run(transport.send(upstream, MANAGER, tokenized))
+        pointers.append(tokenized.mm_inputs.mm_items[0].feature)
+    inodes = {os.stat(f"/dev/shm/{pointer.shm_name}").st_ino for pointer in pointers}
+    assert inodes == {os.stat(f"/dev/shm/{pixels._pevlm_shared_memory}").st_ino}
+    for pointer in pointers:
+        pointer.__setstate__(pointer.__getstate__())
+        assert torch.equal(pointer.materialize(), pixels)
+        assert not exists(pointer)
 
 
 def test_text_is_sent_at_once() -> None:

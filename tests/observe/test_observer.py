@@ -110,6 +110,7 @@ def test_golden_totals() -> None:
         "vision_runs": 0,
         "vision_items": 0,
         "vision_seconds": 0.0,
+        "prefill_seconds": 0.0,
     }
 
 
@@ -153,7 +154,7 @@ def test_silent_ranks_do_not_log(caplog: pytest.LogCaptureFixture) -> None:
 def test_prometheus_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
     registry = prometheus_client.CollectorRegistry()
-    for kind in ("Counter", "Gauge"):
+    for kind in ("Counter", "Gauge", "Histogram"):
         original = getattr(prometheus_client, kind)
         monkeypatch.setattr(prometheus_client, kind, partial(original, registry=registry))
     observer = Observer(log=False, metrics=True)
@@ -175,10 +176,23 @@ def test_prometheus_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == value > 0
     assert registry.get_sample_value("pevlm_vision_runs_total") == 0.0
     with observer.vision_run(2, torch.device("cpu")):
-        pass
+        time.sleep(0.002)
     observer.embeddings_kept(4096)
     assert registry.get_sample_value("pevlm_vision_runs_total") == 1.0
-    assert registry.get_sample_value("pevlm_vision_seconds_total") == totals.vision_seconds > 0
+    assert registry.get_sample_value("pevlm_vision_seconds_sum") == totals.vision_seconds > 0
+    assert registry.get_sample_value("pevlm_vision_seconds_bucket", {"le": "0.001"}) == 0
+    assert registry.get_sample_value("pevlm_vision_seconds_count") == 1
+    for request, seconds in ((TEXT, 0.002), (sparse_request(), 0.02)):
+        with observer.prefill(torch.device("cpu")):
+            observe(observer, (request, 0, 20))
+            time.sleep(seconds)
+
+    def prefills(what: str, kind: str) -> float:
+        return registry.get_sample_value(f"pevlm_prefill_seconds_{what}", {"kind": kind})
+
+    assert [prefills("count", kind) for kind in ("sparse", "dense")] == [1, 1]
+    assert prefills("sum", "sparse") > 0.02 > prefills("sum", "dense") > 0.002
+    assert prefills("sum", "sparse") + prefills("sum", "dense") == totals.prefill_seconds
     assert registry.get_sample_value("pevlm_vision_kept_bytes") == 4096
 
 
@@ -225,6 +239,42 @@ def test_runs_on_a_gpu_are_timed_when_they_have_ended(monkeypatch: pytest.Monkey
         for _ in range(2):
             described = observer.describe()
             assert (described["vision_runs"], described["vision_seconds"]) == (2, seconds)
+
+
+def test_a_prefill_is_timed_without_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no later batch waits for it: it is asked whether it has ended."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    Event.now = Event.reached = 0
+    observer, gpu = Observer(log=False, metrics=False), torch.device("cuda")
+    for before, vision, after in ((100, 400, 500), (0, 0, 250)):
+        with observer.prefill(gpu):
+            Event.now += before
+            if vision:
+                with observer.vision_run(1, gpu):
+                    Event.now += vision
+            Event.now += after
+    with observer.vision_run(1, gpu):  # of no prefill
+        Event.now += 3000
+    for reached, vision, prefill in (
+        (499, 0.0, 0.0),
+        (999, 0.4, 0.0),
+        (1000, 0.4, 0.6),
+        (1250, 0.4, 0.85),
+        (4250, 3.4, 0.85),
+    ):
+        Event.reached = reached
+        observe(observer, (TEXT, 0, 1))
+        totals = observer.totals
+        assert (totals.vision_seconds, totals.prefill_seconds) == pytest.approx((vision, prefill))
+
+
+def test_a_prefill_that_fails_is_not_timed() -> None:
+    observer, cpu = Observer(log=False, metrics=False), torch.device("cpu")
+    with pytest.raises(RuntimeError, match="out of memory"), observer.prefill(cpu):
+        raise RuntimeError("out of memory")
+    with observer.vision_run(1, cpu):
+        pass
+    assert observer.totals.prefill_seconds == 0.0
 
 
 SCHEDULERS = """

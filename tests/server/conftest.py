@@ -112,6 +112,18 @@ DEPLOYMENTS = {
         ("--chunked-prefill-size", "257", "--dp-size", "2"),
         {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
     ),
+    "streaming_sessions": Deployment(
+        ("--chunked-prefill-size", "131", "--enable-streaming-session")
+    ),
+    "two_stages": Deployment(
+        ("--chunked-prefill-size", "131", "--pp-size", "2"),
+        {
+            "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+            # SGLang's second stage never hears that requests are held back, and waits for ever.
+            "SGLANG_ENABLE_COLOCATED_BATCH_GEN": "false",
+            **NO_EMBEDDING_CACHE,
+        },
+    ),
     "qwen3_vl": Deployment(
         ("--chunked-prefill-size", "131"),
         NO_EMBEDDING_CACHE,

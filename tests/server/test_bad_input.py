@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pevlm_sglang.media.stages import STAGES
+from pevlm_sglang.media.stages import SCHEDULER, STAGES
 from server.conftest import FEW_TOKENS
 from support.server import Server
 from support.video import video_data_url
 
 pytestmark = pytest.mark.server
 
+KINDS = ("sparse", "dense")
 QUESTION = {"type": "text", "text": "What happens in the video?"}
 
 
@@ -84,6 +86,8 @@ def test_broken_video(
         ({"max_pixels": 0}, "max_pixels: expected a whole number of more than 0, got 0"),
         ({"max_pixels": 3000}, "max_pixels: expected at least min_pixels, 3136 here, got 3000"),
         ({"max_pixels": 10**9}, "max_pixels: expected at most 602112, the server's limit"),
+        ({"frames": "all"}, "frames: expected 'keyframes', got 'all'"),
+        ({"frames": True}, "frames: expected a word, got true"),
         ({"max_image_tokens": 64}, "video max_image_tokens: expected one of fps, max_frames"),
         ({"max_tokens_per_frame": 64}, "video max_tokens_per_frame: expected one of fps"),
         ({"max_dynamic_patch": 2}, "max_dynamic_patch: expected none, this model cuts no picture"),
@@ -119,7 +123,7 @@ def test_a_wish_that_nobody_reads(
     assert name in answer
 
 
-@pytest.mark.parametrize("beside", ["fps", "max_frames", "max_pixels"])
+@pytest.mark.parametrize("beside", ["fps", "max_frames", "max_pixels", "frames"])
 def test_a_wish_beside_its_part(
     beside: str, ask: Callable[..., tuple[int, str]], clip: Callable[..., Path]
 ) -> None:
@@ -365,7 +369,7 @@ def test_counters(server: Server, clip: Callable[..., Path]) -> None:
         custom_params={"pevlm": {"sink_frames": 2, "block_frames": 2}},
     )
     tokens = answer["usage"]["prompt_tokens"]
-    grown = {name: value - before[name] for name, value in _counters(server).items()}
+    grown = {name: value - before.get(name, 0) for name, value in _counters(server).items()}
     assert grown['pevlm_prefill_tokens_total{kind="sparse",reason=""}'] == 8 * 12  # 2nd block on
     dense = 'pevlm_prefill_tokens_total{kind="dense",reason="global_token"}'
     assert grown[dense] == tokens - 8 * 12
@@ -383,20 +387,33 @@ def test_counters(server: Server, clip: Callable[..., Path]) -> None:
 
 def test_where_the_time_of_a_video_went(server: Server, clip: Callable[..., Path]) -> None:
     """In the response, the metrics and the log; of text, nothing."""
-    message = {"role": "user", "content": [_video(video_data_url(clip(10, seed=11))), QUESTION]}
+    path = clip(10, seed=11)
+    message = {"role": "user", "content": [_video(str(path)), QUESTION]}
     before = _counters(server)
+    began = time.perf_counter()
     answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [message]})
+    seconds = time.perf_counter() - began
     stages = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
-    assert list(stages) == [name for name in STAGES if name in stages]
-    assert {"fetch", "decode", "process", "hash", "transfer"} <= {*stages}
+    assert list(stages) == [name for name in (*STAGES, *SCHEDULER) if name in stages]
+    assert {"fetch", "decode", "process", "hash", "transfer", *SCHEDULER} <= {*stages}
+    scheduler = {name: float(stages.pop(name)) / 1000 for name in SCHEDULER}
+    assert 0 < scheduler["prefill"] < seconds
+    assert 0 < scheduler["queue"] < seconds
     assert all(float(milliseconds) >= 0 for milliseconds in stages.values())
     grown = {name: value - before.get(name, 0) for name, value in _counters(server).items()}
     assert grown["pevlm_media_frames_total"] == 20
+    assert grown["pevlm_media_bytes_total"] == path.stat().st_size
+    assert grown["pevlm_vision_seconds_count"] == grown["pevlm_vision_runs_total"] == 1
+    assert grown['pevlm_prefill_seconds_count{kind="sparse"}'] == 1
+    forwards = [grown.get(f'pevlm_prefill_seconds_sum{{kind="{k}"}}', 0) for k in KINDS]
+    of_device = grown["pevlm_vision_seconds_sum"] + sum(forwards)
+    assert 0 < of_device <= scheduler["prefill"] + 0.01
     for stage, milliseconds in stages.items():
         assert grown[f'pevlm_media_seconds_count{{stage="{stage}"}}'] == 1
         seconds = grown[f'pevlm_media_seconds_sum{{stage="{stage}"}}']
         assert seconds == pytest.approx(float(milliseconds) / 1000, abs=1e-3)
-    assert "PEVLM media, #frame: 20, fetch " in server.log()
+    assert f"PEVLM media, #frame: 20, #byte: {path.stat().st_size}, fetch " in server.log()
+    assert re.search(r"PEVLM first token, fetch .*, queue [\d.]+ s, prefill [\d.]+ s", server.log())
     text = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     assert "server-timing" not in server.post("/v1/chat/completions", text).headers
 

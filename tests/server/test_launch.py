@@ -53,12 +53,20 @@ def _refusal(model: Path, *flags: str, code: str = LAUNCH) -> str:
             "PEVLM: --pevlm-sink-frames: expected --attention-backend pevlm beside it, got triton",
         ),
         (
+            ("--attention-backend", "pevlm", "--pevlm-media-device", "cuda"),
+            "PEVLM: --pevlm-media-device: expected auto or cpu on a server without a GPU, got cuda",
+        ),
+        (
             ("--decode-attention-backend", "pevlm"),
             "PEVLM: --decode-attention-backend pevlm: PEVLM changes prefill alone",
         ),
         (
             ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"frames": 8}}'),
             "PEVLM: --mm-process-config: video setting frames: expected one of fps, nframes",
+        ),
+        (
+            ("--attention-backend", "pevlm", "--mm-process-config", '{"video": {"nframes": 1}}'),
+            "PEVLM: --mm-process-config: nframes: expected at least 2 sampled frames, got 1; this",
         ),
         (
             ("--attention-backend", "pevlm", "--pevlm-config", "/nowhere.yaml"),

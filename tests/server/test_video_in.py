@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.exchange import Exchange
-from support.video import video_data_url
+from support.exchange import SYSTEM, VIDEO, Exchange, user
+from support.video import video_data_url, write_video
 
 pytestmark = [
     pytest.mark.server,
@@ -75,6 +75,29 @@ def test_wishes_of_a_video_url(
         answer = exchange.server.chat([{"type": "video_url", "video_url": url}], max_tokens=1)
         sizes.append(answer["usage"]["prompt_tokens"])
     assert sizes[0] - sizes[1] == steps * tokens - 10 * 12
+
+
+def test_keyframes_of_a_video_url(exchange: Exchange, tmp_path: Path) -> None:
+    """As many tokens, and another video to the caches; on a machine without a GPU, on the CPU."""
+    path = write_video(tmp_path / "keyed.mp4", seconds=10, fps=10, group=7, seed=9)
+    assert exchange.server.info()["pevlm"]["media_device"] == "cpu"
+    exchange.server.post("/flush_cache")
+    part = {"type": "video_url", "video_url": {"url": str(path), "frames": "keyframes"}}
+    usage = exchange.server.chat([part], max_tokens=1)["usage"]
+    found = []
+    for wish in ({}, {"frames": "keyframes"}, {}, {"frames": "keyframes"}):
+        answer = exchange.server.generate(
+            text=SYSTEM + user(VIDEO),
+            video_data=[{"url": str(path), **wish}],
+            sampling_params={"max_new_tokens": 1},
+        )
+        found.append(answer["meta_info"])
+    tokens = {one["prompt_tokens"] for one in found}
+    assert len(tokens) == 1
+    exact, keyframes, *again = (one["cached_tokens"] for one in found)
+    assert exact < 50  # what stands before the video
+    assert keyframes < 50 or keyframes == usage["prompt_tokens"] - 1  # the chat's
+    assert again == [tokens.pop() - 1] * 2
 
 
 def test_frames_sent_as_images(exchange: Exchange, picture: Callable[[int], Path]) -> None:

@@ -28,8 +28,10 @@ from pevlm_sglang.settings.flags import ArgumentConflictError, given_flags, requ
 PER_REQUEST = ("enabled", "sink_frames", "block_frames", "image_runs")
 ALL = (
     *PER_REQUEST,
-    *("base_backend", "prefill_kernel", "video_resize", "media_memory_mb"),
-    *("media_paths", "max_source_mb", "max_video_seconds", "max_frame_megapixels"),
+    *("base_backend", "prefill_kernel", "video_resize", "media_device"),
+    *("media_memory_mb", "media_cache_mb"),
+    *("media_paths", "max_source_mb", "max_fetch_seconds", "max_redirects"),
+    *("max_video_seconds", "max_frame_megapixels", "max_request_megapixels"),
 )
 LONGEST_MESSAGE = 400
 
@@ -55,11 +57,16 @@ def test_defaults() -> None:
         "base_backend": "auto",
         "prefill_kernel": "auto",
         "video_resize": "uint8",
+        "media_device": "auto",
         "media_memory_mb": 512,
+        "media_cache_mb": 4096,
         "media_paths": "",
         "max_source_mb": 4096,
+        "max_fetch_seconds": 60,
+        "max_redirects": 5,
         "max_video_seconds": 14_400,
         "max_frame_megapixels": 64,
+        "max_request_megapixels": 16_384,
     }
     assert PevlmConfig.option_names() == ALL
     assert PevlmConfig.option_names(per_request=True) == PER_REQUEST
@@ -91,6 +98,7 @@ def test_config_is_frozen() -> None:
         ({"base_backend": "pevlm"}, "base_backend: expected one of .*, got 'pevlm'"),
         ({"prefill_kernel": "fa3"}, "prefill_kernel: expected one of auto, base, .*, got 'fa3'"),
         ({"video_resize": "uint9"}, "video_resize: expected one of uint8, float32, got 'uint9'"),
+        ({"media_device": "gpu"}, "media_device: expected one of auto, cpu, cuda, got 'gpu'"),
         ({"media_memory_mb": 63}, "media_memory_mb: expected >= 64, got 63"),
     ],
 )
@@ -355,9 +363,14 @@ FLAGS = {
     "base_backend": (("--pevlm-base-backend", "flashinfer"), "flashinfer"),
     "prefill_kernel": (("--pevlm-prefill-kernel", "flash"), "flash"),
     "video_resize": (("--pevlm-video-resize", "float32"), "float32"),
+    "media_device": (("--pevlm-media-device", "cpu"), "cpu"),
     "media_memory_mb": (("--pevlm-media-memory-mb", "64"), 64),
+    "media_cache_mb": (("--pevlm-media-cache-mb", "0"), 0),
     "media_paths": (("--pevlm-media-paths", "/a:/b"), "/a:/b"),
     "max_source_mb": (("--pevlm-max-source-mb", "7"), 7),
+    "max_fetch_seconds": (("--pevlm-max-fetch-seconds", "9"), 9),
+    "max_redirects": (("--pevlm-max-redirects", "0"), 0),
+    "max_request_megapixels": (("--pevlm-max-request-megapixels", "8"), 8),
     "max_video_seconds": (("--pevlm-max-video-seconds", "60"), 60),
     "max_frame_megapixels": (("--pevlm-max-frame-megapixels", "9"), 9),
     "config": (("--pevlm-config", "a.yaml"), "a.yaml"),

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pevlm_sglang.settings.config import PevlmConfig
 from support.isolated import TESTS
 from support.server import DEFAULT_ENV
 
@@ -185,6 +186,9 @@ def _status(name: str) -> int:
     raise KeyError(name)
 
 
+SMALL_CACHE: dict[str, Any] = {"media_cache_mb": 8}  # so that growth is a leak
+
+
 @contextlib.contextmanager
 def _qwen(model: Path) -> Iterator[Callable[..., Any]]:
     from sglang.srt.utils.hf_transformers.processor import get_processor
@@ -195,7 +199,10 @@ def _qwen(model: Path) -> Iterator[Callable[..., Any]]:
 
     config = AutoConfig.from_pretrained(model)
     few = {"min_pixels": 3136}
-    with sglang_processor(QwenVLProcessor, config, get_processor(str(model)), video=few) as found:
+    made = sglang_processor(
+        QwenVLProcessor, config, get_processor(str(model)), video=few, pevlm=SMALL_CACHE
+    )
+    with made as found:
         yield _asking(
             found,
             "<|vision_start|><|video_pad|><|vision_end|>",
@@ -208,7 +215,7 @@ def _internvl(model: Path) -> Iterator[Callable[..., Any]]:
     from support.families.internvl import IMAGE, VIDEO
     from support.families.internvl_upstream import processor
 
-    with processor(model, video={"num_frames": 4}) as found:
+    with processor(model, video={"num_frames": 4}, pevlm=SMALL_CACHE) as found:
         yield _asking(found, VIDEO, IMAGE)
 
 
@@ -258,6 +265,7 @@ def _placeholders(
         device="cpu", dtype="float32", mm_process_config=settings
     )
     with context as server_args:
+        server_args._pevlm_config = PevlmConfig(**SMALL_CACHE)
         processor = kind(config, server_args, hf_processor, "default")
 
         def ask(videos: list[str], images: list[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from support.server import DEFAULT_ENV
@@ -12,8 +13,18 @@ from support.server import DEFAULT_ENV
 TESTS = Path(__file__).resolve().parent.parent
 
 
-def run_module(name: str, *arguments: str) -> None:
-    """``python -m name arguments…`` with the environment of a test server.
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+"""Triton's kernels in Python; has to be chosen before triton is imported."""
+
+
+def run_module(name: str, *arguments: str, env: Mapping[str, str] = DEFAULT_ENV) -> str:
+    """``python -m name arguments…`` in the tests' folder, for ten minutes at most.
+
+    Args:
+        env: on top of this process's own; by default that of a test server.
+
+    Returns:
+        What it wrote to stdout.
 
     Raises:
         AssertionError: with the end of what it wrote, where it fails.
@@ -21,9 +32,11 @@ def run_module(name: str, *arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", name, *arguments],
         cwd=TESTS,  # where `support` lies
-        env={**os.environ, **DEFAULT_ENV},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return done.stdout

@@ -28,18 +28,20 @@ class Processor:
     def __init__(self, processor: Any) -> None:
         self.sglang = processor
 
-    def __call__(self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()) -> Any:
-        """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``."""
+    def __call__(
+        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = (), **fields: Any
+    ) -> Any:
+        """SGLang's ``MultimodalProcessorOutput`` of a prompt; ``videos`` as in ``video_data``,
+        ``fields`` further ones of a request."""
         with without_pinned_memory():
-            return asyncio.run(self.process(text, videos, images))
+            return asyncio.run(self.process(text, videos, images, **fields))
 
     async def process(
-        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = ()
+        self, text: str, videos: Sequence[Any] = (), images: Sequence[Any] = (), **fields: Any
     ) -> Any:
         """The same, on a loop that runs."""
-        request = SimpleNamespace(
-            image_data=[*images] or None, video_data=[*videos] or None, audio_data=None, rid="test"
-        )
+        media = {"image_data": [*images] or None, "video_data": [*videos] or None}
+        request = SimpleNamespace(**media, audio_data=None, rid="test", **fields)
         return await self.sglang.process_mm_data_async(
             image_data=request.image_data, input_text=text, request_obj=request
         )
@@ -78,6 +80,7 @@ def sglang_processor(
     *,
     video: Mapping[str, Any] | None = None,
     pevlm: Mapping[str, Any] | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Iterator[Processor]:
     """A processor as a server's launcher builds it.
 
@@ -87,6 +90,7 @@ def sglang_processor(
         hf_processor: transformers' one.
         video: the ``video`` section of ``--mm-process-config``.
         pevlm: options of this plugin.
+        attributes: of the server's arguments, that the launcher leaves there.
     """
     from sglang.srt.runtime_context import get_context
 
@@ -95,6 +99,7 @@ def sglang_processor(
         mm_process_config={"video": dict(video or {})},
     ) as server_args:
         server_args._pevlm_config = PevlmConfig(**(pevlm or {}))
+        vars(server_args).update(attributes or {})
         with without_pinned_memory():
             processor: Any = processor_class(
                 hf_config, server_args, hf_processor, "default", skip_mm_pool=True

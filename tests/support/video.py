@@ -16,6 +16,7 @@ def write_video(
     size: tuple[int, int] = (168, 112),
     seed: int = 0,
     codec: str = "libx264",
+    group: int | None = None,
 ) -> Path:
     """Encode bars that move over noise, new in every frame, the same for the same seed.
 
@@ -33,6 +34,7 @@ def write_video(
         size: (width, height), both even.
         seed: of the content.
         codec: an encoder of FFmpeg that takes a constant rate factor.
+        group: frames from a keyframe to the next; None = what the encoder likes.
 
     Returns:
         ``path``
@@ -61,7 +63,12 @@ def write_video(
         frames[i, :, y : y + height // 6, :] = bars[i, 1, :, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
     VideoEncoder(frames, frame_rate=fps).to_file(
-        path, codec=codec, pixel_format="yuv420p", crf=12, preset="ultrafast"
+        path,
+        codec=codec,
+        pixel_format="yuv420p",
+        crf=12,
+        preset="ultrafast",
+        extra_options={} if group is None else {"g": str(group)},
     )
     return path
 

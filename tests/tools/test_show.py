@@ -218,6 +218,8 @@ def test_flags_take_precedence_over_the_preset(
         ("--duration inf", "duration: expected more than 0"),
         ("--duration 0.03", "video: expected at least 2 frames"),
         ("--duration 2 --mm-process-config '{\"video\": {\"nframes\": 90}}'", "video's 60 frames"),
+        ("--duration 9 --mm-process-config '{\"video\": {\"max_frames\": 1}}'",
+         "max_frames: expected at least 2 sampled frames, got 1"),
         ("--duration 2 --video-fps 0", "video_fps: expected more than 0"),
         ("--frames 8 --fps 0", "fps: expected a number of more than 0"),
         ("--frames 8 --size 1280", "expected WIDTHxHEIGHT"),

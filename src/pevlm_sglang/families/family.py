@@ -33,6 +33,7 @@ class Family:
         install_in_scheduler: called with the architecture before the model runs.
         chat_template: of SGLang's, for checkpoints whose own does not write placeholders.
         sent_by: how a request sends its video, in words.
+        gpu_pixels: whether its processor can work on frames on a GPU.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     needless: str | None = None
     chat_template: str | None = None
     sent_by: str = "`video_url`"
+    gpu_pixels: bool = False
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class Family:
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The video settings of a server that take effect, and what a request may say itself."""
         geometry = next(iter(self.sizes.PUBLISHED.values()))
-        return geometry.setting_names, tuple(geometry.limits(geometry.settings({})))
+        return geometry.setting_names, (*geometry.limits(geometry.settings({})), "frames")
 
     def corrected(self, hf_config: Any) -> tuple[str, ...]:
         """What is corrected for a model, in words."""

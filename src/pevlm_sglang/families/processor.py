@@ -1,13 +1,12 @@
-"""What the processors of families have in common: the launch check, wishes, sampled frames; and a
-whole processor for families whose prompt is tokens between placeholders."""
+"""What the processors of families have in common: the launch check, wishes, sampled frames."""
 
 from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -17,21 +16,25 @@ import torch
 from PIL import Image
 from sglang.srt.managers.schedule_batch import (
     Modality,
-    MultimodalDataItem,
-    MultimodalProcessorOutput,
 )
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.runtime_context import get_mm, get_model
 
-from pevlm_sglang.media import told
+from pevlm_sglang.layout import whole_steps
+from pevlm_sglang.media import keyframes, pixel_device, told
+from pevlm_sglang.media.cache import Clips, MediaCache, tenant
+from pevlm_sglang.media.clips import ClipBuffer, Room
 from pevlm_sglang.media.frame_arrays import FrameArrays
-from pevlm_sglang.media.identity import check_unchanged, identity, pixels_digest, source_digest
-from pevlm_sglang.media.slices import Reader, Work, all_of
+from pevlm_sglang.media.identity import check_unchanged, source_digest, stamp_of
+from pevlm_sglang.media.known import KnownVideo, KnownVideos
+from pevlm_sglang.media.slices import Reader
 from pevlm_sglang.media.sources import SafeSources, check_processed
-from pevlm_sglang.media.stages import stage
+from pevlm_sglang.media.stages import media_cache, stage
 from pevlm_sglang.media.video_file import length_and_rate
 from pevlm_sglang.media.wishes import Wishes, split
 from pevlm_sglang.settings.config import PevlmConfig
+
+_tenant: ContextVar[Hashable] = ContextVar("pevlm_tenant", default=None)
 
 
 class VideoProcessor(SafeSources, BaseMultimodalProcessor):
@@ -43,6 +46,9 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         config: of the server.
         read_elsewhere: see :func:`~pevlm_sglang.media.wishes.split`.
         reader: decodes the videos of all requests.
+        cache: what stays prepared.
+        clip_steps: steps of a clip, a context block of this server.
+        pixel_device: works on their frames, in families that can; None = the CPU does.
 
     Raises:
         ValueError: a bad ``--mm-process-config``.
@@ -50,13 +56,23 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
     models: list[type] = []  # noqa: RUF012 (found by architecture, see families/registry.py)
     read_elsewhere: Sequence[str] = ()
+    video_preprocessing_device = "cpu"  # decode there, as the references do
 
     def __init__(self, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, *args, **kwargs)
         self.geometry = self.geometry_of(hf_config)
         self.settings = self.geometry.settings(self.settings_of(self.video_config))
         self.config = getattr(server_args, "_pevlm_config", None) or PevlmConfig()
-        self.reader = Reader(get_mm().mm_io_worker_num, self.config.media_memory_mb << 20)
+        memory = self.config.media_memory_mb << 20
+        self.pixel_device = pixel_device.of_server(
+            server_args,
+            memory,
+            keep=self.keep_mm_features_on_device and not self.config.media_cache_mb,
+        )
+        self.reader = Reader(get_mm().mm_io_worker_num, memory)
+        self.cache = MediaCache(self.config.media_cache_mb << 20, media_cache)
+        self._known = KnownVideos()
+        self.clip_steps = whole_steps(self.config.block_frames, self.geometry.frames_per_step)
         self._processing = ThreadPoolExecutor(1, "pevlm-processor")  # transformers' takes one
         self._dtype = _tower_dtype(hf_config)
         self._prompt_limit: int | None = None
@@ -65,6 +81,12 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         self.reader.shutdown()
         self._processing.shutdown(wait=False, cancel_futures=True)
         super().shutdown()
+
+    def clear_preprocess_cache(self) -> None:
+        """With ``/flush_cache``."""
+        self.cache.clear()
+        self._known.clear()
+        super().clear_preprocess_cache()
 
     @staticmethod
     @abstractmethod
@@ -86,7 +108,8 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         cls.geometry_of(hf_config).settings(cls.settings_of(video_config))
 
     def wishes(self, video_data: Sequence[Any] | None) -> tuple[list[Any], list[Wishes]]:
-        """The videos of a request as SGLang loads them, and what it says about each.
+        """The videos of a request as SGLang loads them, those that are known in place of their
+        files, and what the request says about each.
 
         Raises:
             ValueError: a bad wish, or one beyond the server's limits.
@@ -94,6 +117,8 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         sources, wishes = split(video_data, self.read_elsewhere)
         for wish in wishes:
             wish.check(self.geometry.limits(self.settings))
+        if self.cache.enabled:
+            sources = [self._known.find(_tenant.get(), source) for source in sources]
         return sources, wishes
 
     def heeded(self, video: Any, wish: Wishes) -> Wishes:
@@ -131,6 +156,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
             max_req_input_len: of the server, SGLang's; a prompt has fewer tokens.
         """
         self._prompt_limit = max_req_input_len
+        _tenant.set(tenant(request))
         told.check(request)
         for image in getattr(request, "image_data", None) or ():
             check_processed(image)  # a video so is none, see ``wishes``
@@ -154,55 +180,94 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
                 f"prompt may have on this server, got {tokens}; ask for fewer frames or pixels"
             )
 
-    async def read(
-        self, video: Any, indices: Sequence[int], work: Work, *, multiple: int = 1
-    ) -> bytes | None:
-        """Read a video in slices, see :meth:`~pevlm_sglang.media.slices.Reader.read`.
+    async def prepared(
+        self, video: Any, plan: Hashable, read: Callable[[Any], Coroutine[Any, Any, Clips]]
+    ) -> Clips:
+        """The clips of a video, kept or read.
 
-        Returns:
-            The digest of its file; None where there is none.
+        Args:
+            video: SGLang's ``VideoDecoderWrapper``, or what is known of a file.
+            plan: what is made of it.
+            read: makes it, of the open video.
 
         Raises:
             ValueError: a file that cannot be decoded, or that changed in the meantime.
         """
-        digest: bytes | None
-        digest, _ = await all_of(
-            (
-                self.reader.run(source_digest, video),
-                self.reader.read(video, indices, work, multiple=multiple),
-            )
-        )
-        check_unchanged(video)
-        return digest
 
-    async def sampled(
-        self, video: Any, settings: Any, pixels: Callable[[Image.Image], torch.Tensor]
-    ) -> tuple[torch.Tensor, Any]:
-        """What ``pixels`` makes of each sampled frame of a video, stacked; of one that repeats,
-        once.
+        async def afresh() -> Clips:
+            opened = await self.reader.run(self._opened, video)
+            clips = await read(opened)
+            check_unchanged(opened)
+            return clips
+
+        if not self.cache.enabled:
+            return await afresh()
+        if isinstance(video, KnownVideo):
+            digest: bytes | None = video.facts.digest
+        else:
+            digest = await self.reader.run(source_digest, video)
+        if digest is None:
+            return await afresh()
+        mine = _tenant.get()
+        key = (mine, digest, video.frame_shape, self._dtype, plan)
+        clips = await self.cache.get(key, afresh)
+        if not isinstance(video, KnownVideo):
+            check_unchanged(video)  # since the digest
+            self._known.remember(mine, video, digest, keyframes.keyframes(video))
+        return clips
+
+    def _opened(self, video: Any) -> Any:
+        if not isinstance(video, KnownVideo):
+            return video
+        with stage("fetch"):
+            opened = self._load_single_item(video.source, Modality.VIDEO)
+        if stamp_of(opened) != video.facts.stamp:
+            raise ValueError(
+                "video: expected a file that stays as it is, but it changed while read"
+            )
+        return opened
+
+    def indices(self, video: Any, settings: Any, wish: Wishes) -> list[int]:
+        """Which frames of a video are sampled, ascending, in families that take a number of them.
 
         Args:
-            video: SGLang's ``VideoDecoderWrapper``.
+            video: SGLang's ``VideoDecoderWrapper``, or frames in its place.
             settings: for this video.
-
-        Returns:
-            ``[frames, …]``, and a digest of what they are made of; None where there is no file.
+            wish: see :meth:`heeded`; its numbers are in the settings already.
 
         Raises:
-            ValueError: see :meth:`read`.
+            ValueError: see :func:`length_and_rate` and :func:`keyframes.in_place_of`.
         """
         if isinstance(video, FrameArrays):
-            indices = list(range(len(video)))
-        else:
-            indices = self.geometry.indices(*length_and_rate(video), settings)
-        distinct = sorted(set(indices))
-        stack = _Stack(len(distinct), pixels)
-        digest = await self.read(video, distinct, stack)
-        source = None if digest is None else (digest, indices)
-        if len(distinct) == len(indices):
-            return stack.rows, source
-        place = {index: at for at, index in enumerate(distinct)}
-        return stack.rows[[place[index] for index in indices]], source
+            return list(range(len(video)))
+        indices: list[int] = self.geometry.indices(*length_and_rate(video), settings)
+        return indices if wish.frames is None else keyframes.in_place_of(video, indices)
+
+    async def sampled(
+        self,
+        video: Any,
+        indices: Sequence[int],
+        pixels: Callable[[Image.Image], torch.Tensor],
+        *plan: Hashable,
+    ) -> Clips:
+        """What ``pixels`` makes of each sampled frame of a video; of one that repeats, once.
+
+        Args:
+            video: see :meth:`prepared`.
+            indices: see :meth:`indices`.
+            pixels: ``[3, height, width]`` of a frame, or ``[tiles, 3, height, width]``.
+            plan: what else than the frames says what ``pixels`` makes.
+
+        Raises:
+            ValueError: see :meth:`prepared`.
+        """
+
+        async def read(opened: Any) -> Clips:
+            stack = _Stack(indices, pixels, self.clip_steps, self.cache.room)
+            await self.reader.read(opened, stack.distinct, stack)
+            return stack.clips()
+
+        return await self.prepared(video, (*indices, *plan), read)
 
     async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
         """As SGLang's, but never on the event loop, which is where that runs on a GPU."""
@@ -214,192 +279,50 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
 
 
 class _Stack:
-    """What is made of each frame, in one tensor that is as large as the first of them says."""
+    """What is made of each frame, in clips whose rows are as large as the first frame says.
 
-    def __init__(self, count: int, pixels: Callable[[Image.Image], torch.Tensor]) -> None:
-        self._count, self._pixels = count, pixels
+    Args:
+        indices: of the sampled frames.
+        pixels: see :meth:`VideoProcessor.sampled`.
+        length, room: see :class:`ClipBuffer`.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        pixels: Callable[[Image.Image], torch.Tensor],
+        length: int,
+        room: Room,
+    ) -> None:
+        self.distinct = sorted(set(indices))
+        self._indices, self._pixels = indices, pixels
+        self._length, self._room = length, room
         self._lock = Lock()
-        self.rows = torch.empty(0)
+        self._buffer: ClipBuffer | None = None
 
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`."""
         for at, frame in enumerate(np.asarray(frames.cpu()), start):
             with stage("process"):
                 made = self._pixels(Image.fromarray(frame))
-            with self._lock:
-                if not len(self.rows):
-                    self.rows = torch.empty(self._count, *made.shape, dtype=made.dtype)
-            self.rows[at] = made
+                rows = made if made.ndim == 4 else made[None]
+            buffer = self._made(rows)
+            for step, index in enumerate(self._indices):
+                if index == self.distinct[at]:
+                    buffer.step(step).copy_(rows)
+                    buffer.note(step, rows)
 
-
-@dataclass(frozen=True)
-class Medium:
-    """A video, an image or a frame of a list, preprocessed.
-
-    Attributes:
-        pixels: ``[frames or tiles, 3, height, width]``.
-        runs: of placeholders, each of ``tokens``.
-        before, after: tokens of the text around each run.
-        data: what the spans and the model have to know beside the pixels.
-        source: what the pixels were made of, a digest of the video's file say; None = a digest of
-            themselves.
-        identity: by which SGLang's caches know it. The same pixels may have other features as a
-            frame and as a picture, so it is more than the source.
-    """
-
-    modality: Modality
-    pixels: torch.Tensor
-    tokens: int
-    runs: int = 1
-    before: Sequence[int] = ()
-    after: Sequence[int] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
-    source: Any = None
-    identity: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        source = self.source or pixels_digest(self.pixels)
-        made = (self.modality.name, self.pixels.dtype, tuple(self.pixels.shape), dict(self.data))
-        object.__setattr__(self, "identity", identity(source, made))
-
-
-class PlaceholderProcessor(VideoProcessor):
-    """Tokens of a prompt between placeholders, each of which becomes what its medium needs.
-
-    Attributes:
-        placeholders: what stands for an image or video in a text.
-        token_ids: of the expanded placeholders.
-    """
-
-    gpu_image_decode = False  # PIL images, and frames decoded on the CPU, as in the references
-    video_preprocessing_device = "cpu"
-    placeholders: Mapping[Modality, str] = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
-    token_ids: Mapping[Modality, int]
-
-    @abstractmethod
-    def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:
-        """An image.
-
-        Args:
-            kind: ``image``, ``multi-images`` or ``video`` (a frame of one), as the request says.
-            alone: whether it is the only picture of the prompt.
-        """
-
-    @abstractmethod
-    async def video(self, video: Any, settings: Any) -> Medium:
-        """A video; see :meth:`sampled`."""
-
-    @abstractmethod
-    def video_tokens(self, frames: int) -> int:
-        """Placeholders of a video."""
-
-    def tokenize(
-        self, prompt: str | Sequence[int], images: int, videos: int
-    ) -> tuple[list[list[int]], list[Modality]]:
-        """The tokens around the placeholders, one piece more than those, and their kinds."""
-        ids = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
-        known = {token: kind for kind, token in self.token_ids.items()}
-        pieces: list[list[int]] = [[]]
-        for token in ids:
-            if token in known:
-                pieces.append([])
-            else:
-                pieces[-1].append(token)
-        return pieces, [known[token] for token in ids if token in known]
-
-    async def process_mm_data_async(
-        self,
-        image_data: Sequence[Any] | None,
-        audio_data: Sequence[Any] | None = None,
-        input_text: str | Sequence[int] = "",
-        request_obj: Any = None,
-        **kwargs: Any,
-    ) -> MultimodalProcessorOutput:
-        """Expand a request's placeholders, and preprocess what they stand for.
-
-        Raises:
-            ValueError: a medium that cannot be read, a wish that cannot be met, or placeholders
-                that do not fit the media.
-        """
-        self.begin(request_obj, **kwargs)
-        videos, wishes = self.wishes(request_obj.video_data)
-        images = list(image_data or ())
-        if any(isinstance(image, dict) for image in images):
-            raise ValueError(
-                "image_data: expected a file, URL or bytes, got a dict; features that "
-                "are processed already are not taken"
-            )
-        pieces, order = self.tokenize(input_text, len(images), len(videos))
-        for kind, given in ((Modality.IMAGE, images), (Modality.VIDEO, videos)):
-            if order.count(kind) != len(given):
-                raise ValueError(
-                    f"prompt: expected {len(given)} of {self.placeholders[kind]}, one for each "
-                    f"{kind.name.lower()}, got {order.count(kind)}"
+    def _made(self, rows: torch.Tensor) -> ClipBuffer:
+        with self._lock:
+            if self._buffer is None:
+                self._buffer = ClipBuffer(
+                    len(self._indices), tuple(rows.shape), rows.dtype, self._length, self._room
                 )
-        with stage("fetch"):
-            loaded = await self.fast_load_mm_data("", self.mm_tokens, images, videos)
-        settings = [
-            self.settings.wished(self.heeded(video, wish))
-            for video, wish in zip(loaded.videos, wishes, strict=True)
-        ]
-        self.check_length(
-            sum(
-                self.video_tokens(len(self.geometry.indices(*length_and_rate(video), one)))
-                for video, one in zip(loaded.videos, settings, strict=True)
-            )
-        )
-        kinds = _image_kinds(getattr(request_obj, "modalities", None), len(images))
-        alone = len(images) == 1 and not videos
-        work: list[Coroutine[Any, Any, Medium]] = [
-            self.reader.run(partial(self.image, image, kind, alone=alone))
-            for image, kind in zip(loaded.images, kinds, strict=True)
-        ]
-        for video, one in zip(loaded.videos, settings, strict=True):
-            work.append(self.video(video, one))
-        media = await all_of(work)
-        rest = {
-            Modality.IMAGE: iter(media[: len(images)]),
-            Modality.VIDEO: iter(media[len(images) :]),
-        }
-        return self._expand(pieces, [(kind, next(rest[kind])) for kind in order])
+            return self._buffer
 
-    def _expand(
-        self, pieces: Sequence[Sequence[int]], media: Sequence[tuple[Modality, Medium]]
-    ) -> MultimodalProcessorOutput:
-        ids = list(pieces[0])
-        items = []
-        for (kind, medium), piece in zip(media, pieces[1:], strict=True):
-            offsets = []
-            for _ in range(medium.runs):
-                ids += medium.before
-                offsets.append((len(ids), len(ids) + medium.tokens - 1))  # inclusive at the end
-                ids += [self.token_ids[kind]] * medium.tokens
-                ids += medium.after
-            ids += piece
-            items.append(
-                MultimodalDataItem(
-                    modality=medium.modality,
-                    hash=medium.identity,
-                    feature=medium.pixels,
-                    offsets=offsets,
-                    model_specific_data=dict(medium.data),
-                )
-            )
-        return MultimodalProcessorOutput(
-            input_ids=ids,
-            mm_items=self._finalize_mm_items(items, images=None),
-            im_token_id=self.token_ids[Modality.IMAGE],
-            video_token_id=self.token_ids[Modality.VIDEO],
-        )
-
-
-def _image_kinds(modalities: Any, images: int) -> list[str]:
-    """What the request says of each image: SGLang says it once an image in a chat, and once for all
-    or not at all on ``/generate``."""
-    given = [modalities] if isinstance(modalities, str) else list(modalities or ())
-    if len(given) != images:
-        given = (given[:1] or [None]) * images
-    return [kind or "image" for kind in given]
+    def clips(self) -> Clips:
+        assert self._buffer is not None  # a video has a frame
+        return self._buffer.clips()
 
 
 def _tower_dtype(hf_config: Any) -> torch.dtype:

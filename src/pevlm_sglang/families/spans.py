@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import index
@@ -18,6 +19,7 @@ IMAGE_RUN_GAP = 32
 """Neighbouring images at most this many tokens apart belong to one run."""
 
 _LABELS = "pevlm_labels"
+_CONTINUES = "pevlm_continues"
 _MOST_LABEL_TOKENS = 24  # as many as "<999999999999.9 seconds>" has characters
 
 
@@ -131,6 +133,35 @@ def equal_steps(span: Range, steps: int, *, more: int = 0) -> tuple[Range, ...]:
     return tuple(pairwise([*(start + i * length for i in range(steps)), end]))
 
 
+def mark_continuing(item: Any) -> None:
+    """Leave word with a VIDEO item that it continues the video of the VIDEO item before it."""
+    setattr(item, _CONTINUES, True)
+
+
+def continues(item: Any) -> bool:
+    """Whether an item is a clip that continues a video, see :func:`mark_continuing`."""
+    return bool(item.model_specific_data.get(_CONTINUES))
+
+
+def joined(clips: Iterable[tuple[Any, Sequence[Range]]], frames_per_step: int) -> list[FrameSpans]:
+    """Videos of their clips.
+
+    Args:
+        clips: item and steps of each, in prompt order.
+
+    Raises:
+        FrameSpanError: a clip that continues nothing.
+    """
+    videos: list[list[Range]] = []
+    for item, steps in clips:
+        if not continues(item):
+            videos.append([])
+        if not videos:
+            raise FrameSpanError("video item: expected the clip that it continues, got none")
+        videos[-1] += steps
+    return [FrameSpans(tuple(steps), frames_per_step) for steps in videos]
+
+
 def leave_labels(item: Any, videos: Sequence[tuple[int, int]]) -> None:
     """Leave word with a VIDEO item of where its videos begin, in families that write a label
     before each step (``Frame1: ``, ``<0.2 seconds>``).
@@ -181,18 +212,21 @@ def labelled_videos(
     Raises:
         FrameSpanError: an item that did not pass PEVLM's processor, or that the prompt contradicts.
     """
-    videos = []
-    for item in filter(lambda item: item.is_video(), inputs.mm_items):
-        steps = item_ranges(item)
-        labels = _labels(item, len(steps))
-        for step in steps:
-            _check_wrapped(step, item, inputs, ids, closing)
-        rest = iter(steps)
-        for count, label in labels:
-            own = list(islice(rest, count))
-            edges = [own[0][0] - 1 - label, *(end + closing for _, end in own)]
-            videos.append(FrameSpans(tuple(pairwise(edges)), frames_per_step))
-    return videos
+
+    def clips() -> Iterator[tuple[Any, list[Range]]]:
+        for item in filter(lambda item: item.is_video(), inputs.mm_items):
+            steps = item_ranges(item)
+            labels = _labels(item, len(steps))
+            pads = getattr(item, "pad_values", None) or (item.pad_value,)
+            for step in steps:
+                _check_wrapped(step, pads, inputs, ids, closing)
+            rest = iter(steps)
+            for count, label in labels:
+                own = list(islice(rest, count))
+                edges = [own[0][0] - 1 - label, *(end + closing for _, end in own)]
+                yield item, list(pairwise(edges))
+
+    return joined(clips(), frames_per_step)
 
 
 def _labels(item: Any, steps: int) -> list[tuple[int, int]]:
@@ -215,16 +249,18 @@ def _labels(item: Any, steps: int) -> list[tuple[int, int]]:
     return found
 
 
-def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], closing: int) -> None:
+def _check_wrapped(
+    step: Range, pads: Sequence[int], inputs: Any, ids: Sequence[int], closing: int
+) -> None:
     """The stream must hold what the offset says: the opening token, the item's pads, the closing
     token, and as many after it as belong to the step."""
     start, end = step
-    pads = getattr(item, "pad_values", None) or (item.pad_value,)
     fits = 0 < start < end and end + closing - 1 < len(ids)
     if (
         not fits
         or (ids[start - 1], ids[end]) != (inputs.im_start_id, inputs.im_end_id)
-        or not {ids[start], ids[end - 1]} <= set(pads)
+        or ids[start] not in pads
+        or ids[end - 1] not in pads
     ):
         around = [ids[i] if 0 <= i < len(ids) else None for i in (start - 1, start, end - 1, end)]
         raise FrameSpanError(
@@ -237,9 +273,10 @@ def _check_wrapped(step: Range, item: Any, inputs: Any, ids: Sequence[int], clos
 def runs(images: Sequence[Range], videos: Sequence[FrameSpans]) -> list[FrameSpans]:
     """Group images in prompt order; a video between two images ends the run."""
     groups: list[list[Range]] = []
+    starts = sorted(video.start for video in videos)
     for image in images:
         end = groups[-1][-1][1] if groups else -math.inf
-        between = any(end <= video.start < image[0] for video in videos)
+        between = bisect_left(starts, end) < bisect_left(starts, image[0])
         if image[0] - end > IMAGE_RUN_GAP or between:
             groups.append([])
         groups[-1].append(image)

@@ -1,12 +1,12 @@
-"""One run of the vision tower a video, however its prefill is chunked.
+"""No step of a video is encoded twice for one prefill, however that is chunked.
 
-SGLang encodes a video as a whole, and takes from the result the rows of the chunk at hand. What it
-encoded stays in a cache of ``SGLANG_VLM_CACHE_SIZE_MB``: 100 MB, a video of about 14k tokens at a
-hidden size of 3584 in bfloat16, or none for Qwen3-VL on large Hopper GPUs. A video that does not
-fit is encoded again for every chunk that overlaps it (sglang/srt/managers/mm_schedule.py).
+SGLang encodes an item, here a clip, as a whole, and takes from the result the rows of the chunk at
+hand. What it encoded stays in a cache of ``SGLANG_VLM_CACHE_SIZE_MB``: 100 MB, 14k tokens at a
+hidden size of 3584 in bfloat16, or none for Qwen3-VL on large Hopper GPUs. A clip that is no longer
+there is encoded again for the next chunk (sglang/srt/managers/mm_schedule.py).
 
 Here an embedding stays with the request that its prefill has begun to use, until it has used all of
-it: as an attribute of the request's ``MultimodalInputs``. So no more is held than the videos that a
+it: as an attribute of the request's ``MultimodalInputs``. So no more is held than the clip that a
 chunk's end cuts, which is one in a scheduler; a request that waits, is queued again or is aborted
 holds none. SGLang's own cache goes on serving repeats of what fits.
 
@@ -23,10 +23,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pevlm_sglang.errors import UnsupportedError
+from pevlm_sglang.media import transport
 from pevlm_sglang.observe.observer import Observer
 from pevlm_sglang.seams import REMEDY, wrap
 
-ONE_RUN = "one vision-tower run a video"
+EACH_STEP_ONCE = "each step of a video is encoded once a prefill"
 
 _ATTRIBUTE = "pevlm_embeddings"
 
@@ -219,7 +220,7 @@ def install(holder: EmbeddingHolder) -> None:
     def release(release_features: Callable[..., Any]) -> Callable[..., Any]:
         def corrected(self: Any) -> None:
             holder.release(self)
-            release_features(self)
+            transport.release(release_features, self)
 
         return corrected
 

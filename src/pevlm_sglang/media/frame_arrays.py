@@ -61,12 +61,17 @@ class FrameArrays(VideoDecoderWrapper):
             most: frames, by the server.
 
         Raises:
-            ValueError: more frames than that, or a wish for fewer than there are.
+            ValueError: more frames than that, or a wish for fewer than there are, or for keyframes.
         """
         if wish.max_frames is not None:
             raise ValueError(
                 "max_frames: expected an encoded video, got frames, all of which are taken; send "
                 "fewer"
+            )
+        if wish.frames is not None:
+            raise ValueError(
+                f"frames: expected an encoded video, got frames, none of which is a keyframe, with "
+                f"{wish.frames!r}"
             )
         if len(self) > most:
             raise ValueError(

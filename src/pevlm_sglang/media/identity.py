@@ -1,7 +1,4 @@
-"""By what SGLang's caches know a video: its file, and all that makes features of it.
-
-A digest of gigabytes of pixels would take the scheduler a second; one of the file is as safe.
-"""
+"""By what SGLang's caches know a clip, and by what the media cache knows a file."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ import os
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import torch
-
+from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 
@@ -28,12 +24,18 @@ def file_stamp(source: Any) -> tuple[int, ...] | None:
     if not os.path.isfile(path):
         return None
     stat = os.stat(path)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def remember_stamp(video: Any, stamp: tuple[int, ...] | None) -> None:
     """Leave with an opened video the :func:`file_stamp` of before it was opened."""
     setattr(video, _STAMP, stamp)
+
+
+def stamp_of(video: Any) -> tuple[int, ...] | None:
+    """What :func:`remember_stamp` left."""
+    stamp: tuple[int, ...] | None = getattr(video, _STAMP, None)
+    return stamp
 
 
 def check_unchanged(video: Any) -> None:
@@ -42,8 +44,11 @@ def check_unchanged(video: Any) -> None:
     Raises:
         ValueError: the file is another by now.
     """
-    before = getattr(video, _STAMP, None)
-    if before is not None and file_stamp(video._source) != before:
+    before = stamp_of(video)
+    if before is None:
+        return
+    now = file_stamp(video._source)
+    if now is None or now[:-1] != before[:-1]:  # a new link to it changes the last, and no frame
         raise ValueError("video: expected a file that stays as it is, but it changed while read")
 
 
@@ -51,8 +56,11 @@ def source_digest(video: Any) -> bytes | None:
     """SHA-256 of the file of SGLang's ``VideoDecoderWrapper``, or of frames in its place; None
     for what SGLang did not open."""
     if isinstance(video, FrameArrays):
-        return video.digest
+        with stage("hash"):
+            return video.digest
     source = getattr(video, "_source", None)
+    if isinstance(source, Downloaded):  # made on the way
+        return source.digest
     with stage("hash"):
         if isinstance(source, bytes):
             return hashlib.sha256(source).digest()
@@ -60,11 +68,6 @@ def source_digest(video: Any) -> bytes | None:
             with open(source, "rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
     return None
-
-
-def pixels_digest(pixels: torch.Tensor) -> bytes:
-    """SHA-256 of a tensor's content."""
-    return hashlib.sha256(pixels.contiguous().view(torch.uint8).numpy().data).digest()
 
 
 def identity(*parts: Any) -> int:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pevlm_sglang.media.keyframes import keyframes
 from pevlm_sglang.media.stages import frames_decoded, stage
 from pevlm_sglang.media.video_file import decoded, frame_bytes
 
@@ -174,15 +175,6 @@ def _twice(keys: Sequence[int], last: int, first: int) -> int:
     ``last``, too."""
     key = keys[max(bisect_right(keys, first) - 1, 0)]
     return max(last - key + 1, 0)
-
-
-def keyframes(video: Any) -> list[int] | None:
-    """Of SGLang's ``VideoDecoderWrapper``; None where its decoder does not tell."""
-    from torchcodec import _core
-
-    find = getattr(_core, "_get_key_frame_indices", None)
-    handle = getattr(getattr(video, "_decoder", None), "_decoder", None)
-    return None if find is None or handle is None else find(handle).tolist()
 
 
 def _is_of_sglang(video: Any) -> bool:

@@ -22,12 +22,16 @@ from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.media import limits
+from pevlm_sglang.media.download import Downloaded, fetched
 from pevlm_sglang.media.frame_arrays import frame_arrays
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
+from pevlm_sglang.media.known import KnownVideo
 
 _FEATURES = ("feature", "precomputed_embeddings", "pixel_values", "pixel_values_videos")
 _EMBEDDINGS = ("precomputed_embedding", "PRECOMPUTED_EMBEDDING")
 _MOST_MERGED = 64  # patches that become one feature
+_PROBED = 1 << 20  # bytes that FFmpeg looks at
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD", b"<CompositionPlaylist", b"c=IN IP")
 
 _CLIENTS_FAULTS = (*CLIENT_MEDIA_EXCEPTIONS, Image.DecompressionBombError, OSError)
 
@@ -104,20 +108,71 @@ def check_processed(medium: Any) -> None:
             )
 
 
+def check_holds_frames(path: str) -> None:
+    """Refuse a file that names others: FFmpeg would open those, in a folder that
+    ``--pevlm-media-paths`` does not name, and whichever lies beside. (It opens nothing for what is
+    read from memory.)
+
+    Raises:
+        ValueError: a playlist of HLS, DASH, IMF, FFmpeg's concat or SDP.
+
+    Source: the demuxers' probes in FFmpeg, libavformat: each of these looks at the text before the
+    first zero, behind tags as audio has, with which no video begins.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_PROBED).split(b"\0", 1)[0]
+    if head.startswith(b"ID3") or any(mark in head for mark in _PLAYLISTS):
+        raise ValueError(
+            "video: expected a file that holds its frames, got a playlist or audio; send the file "
+            "that it names"
+        )
+
+
 class SafeSources:
     """Of a processor, before SGLang's ``BaseMultimodalProcessor``."""
 
+    async def fast_load_mm_data(
+        self,
+        prompt: Any,
+        multimodal_tokens: Any,
+        image_data: Any = None,
+        video_data: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        image_data, video_data = await fetched(image_data, video_data)
+        return await super().fast_load_mm_data(  # type: ignore[misc]
+            prompt, multimodal_tokens, image_data, video_data, **kwargs
+        )
+
+    async def legacy_load_mm_data(
+        self,
+        prompt: Any,
+        multimodal_tokens: Any,
+        image_data: Any = None,
+        video_data: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        image_data, video_data = await fetched(image_data, video_data)
+        return await super().legacy_load_mm_data(  # type: ignore[misc]
+            prompt, multimodal_tokens, image_data, video_data, **kwargs
+        )
+
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
-        limits.limits.check_source(data)
+        if isinstance(data, KnownVideo):
+            return data
+        source = getattr(data, "url", data)
+        if not isinstance(source, Downloaded):
+            limits.limits.check_source(source)
         with reading():
             if modality == Modality.IMAGE:
                 check_path(data)
+            stamp = file_stamp(data)
             if modality == Modality.VIDEO:
-                source = getattr(data, "url", data)
                 if (frames := frame_arrays(source)) is not None:
                     return frames
-            stamp = file_stamp(data)
+                if stamp is not None:
+                    check_holds_frames(limits.path_of(source) or source)
             loaded = super()._load_single_item(  # type: ignore[misc]
                 data, modality, *args, **kwargs
             )

@@ -1,4 +1,5 @@
-"""Where the time of a request's videos and images goes before the scheduler has it.
+"""Where the time of a request's videos and images goes before the scheduler has it; and what the
+scheduler says of the rest of it.
 
 Added up over the threads that work on it at the same time, so it may exceed what the client waits.
 Seen in ``/metrics``, in the log, and in the response's ``Server-Timing`` header, which browsers and
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import Any
+
+from pevlm_sglang.observe.timing import BUCKETS
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,14 @@ STAGES = {
     "decode": "decoding the sampled frames",
     "resize": "resizing frames, in families whose processor does not do it",
     "process": "normalisation, patches, tiles; and the prompt's tokens",
-    "hash": "the digest of the source",
-    "transfer": "the copy to the scheduler",
+    "hash": "digests of the source and of the resized frames",
+    "transfer": "the way to the scheduler; a copy, but for videos",
 }
+SCHEDULER = {
+    "queue": "waiting for the first prefill forward",
+    "prefill": "from there to the first token, the vision tower included",
+}
+"""What the scheduler says of a request, with ``--enable-metrics``."""
 
 
 @dataclass
@@ -36,15 +44,26 @@ class Stages:
     Attributes:
         seconds: by stage.
         frames: decoded.
+        bytes: of the sources.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     frames: int = 0
+    bytes: int = 0
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def from_scheduler(self, told: Mapping[str, Any]) -> None:
+        """Take over what a response's ``meta_info`` says, and log the whole."""
+        began, ended = (told.get(f"{at}_time") for at in ("forward_entry", "prefill_finished"))
+        if began is None or ended is None:
+            return
+        self.add("queue", told["queue_time"])
+        self.add("prefill", ended - began)
+        logger.info("PEVLM first token, %s", self)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {self.seconds[name]:.3f} s" for name in self._names())
@@ -54,7 +73,7 @@ class Stages:
         return ", ".join(f"{name};dur={1000 * self.seconds[name]:.1f}" for name in self._names())
 
     def _names(self) -> list[str]:
-        return [name for name in STAGES if name in self.seconds]
+        return [name for name in (*STAGES, *SCHEDULER) if name in self.seconds]
 
 
 _current: ContextVar[Stages | None] = ContextVar("pevlm_media_stages", default=None)
@@ -86,6 +105,13 @@ def frames_decoded(count: int) -> None:
             stages.frames += count
 
 
+def bytes_read(count: int) -> None:
+    """Of the sources of the current request."""
+    if (stages := _current.get()) is not None:
+        with stages._lock:
+            stages.bytes += count
+
+
 def report(*, metrics: bool) -> None:
     """The current request is on its way to the scheduler.
 
@@ -95,25 +121,82 @@ def report(*, metrics: bool) -> None:
     stages = _current.get()
     if stages is None or not stages.seconds:
         return
-    logger.info("PEVLM media, #frame: %d, %s", stages.frames, stages)
+    logger.info("PEVLM media, #frame: %d, #byte: %d, %s", stages.frames, stages.bytes, stages)
     if metrics:
-        histogram, frames = _prometheus()
+        histogram, frames, read = _prometheus()
         for name, seconds in stages.seconds.items():
             histogram.labels(name).observe(seconds)
         frames.inc(stages.frames)
+        read.inc(stages.bytes)
     _current.set(Stages())  # the next request of a batch
 
 
+async def until_first_token(
+    outputs: AsyncGenerator[Any, None], request: Any
+) -> AsyncGenerator[Any, None]:
+    """The outputs of a request with media, as they come; with the first of them the scheduler's
+    part of the time is known.
+
+    Args:
+        outputs: of SGLang's ``TokenizerManager.generate_request``.
+        request: its ``GenerateReqInput``; of a batch, no single request's times are told.
+    """
+    stages, known = begin(), False
+    async with aclosing(outputs):
+        async for output in outputs:
+            if not known and request.is_single:
+                known = True
+                stages.from_scheduler(output["meta_info"])
+            yield output
+
+
+def media_cache(kept: int, hit: bool | None) -> None:
+    """What the media cache reports; see :class:`~pevlm_sglang.media.cache.MediaCache`."""
+    if not _metrics_enabled():
+        return
+    size, lookups = _of_the_cache()
+    size.set(kept)
+    if hit is not None:
+        lookups.labels("hit" if hit else "miss").inc()
+
+
+def _metrics_enabled() -> bool:
+    from sglang.srt.runtime_context import get_server_args
+
+    return bool(get_server_args().enable_metrics)
+
+
 @cache
-def _prometheus() -> tuple[Any, Any]:
+def _of_the_cache() -> tuple[Any, Any]:
+    from prometheus_client import Counter, Gauge
+
+    size = Gauge(
+        "pevlm_media_cache_bytes",
+        "Pixels that stay prepared for the next question.",
+        multiprocess_mode="livesum",
+    )
+    lookups = Counter(
+        "pevlm_media_cache_lookups_total",
+        "Videos looked up among those that stay prepared.",
+        ["result"],
+    )
+    return size, lookups
+
+
+@cache
+def _prometheus() -> tuple[Any, Any, Any]:
     """In the running launcher: prometheus_client reads its directory when it is imported, which
     SGLang sets first."""
     from prometheus_client import Counter, Histogram
 
-    buckets = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
     text = "Time of a request's media by stage, over all threads that work on it."
-    histogram = Histogram("pevlm_media_seconds", text, ["stage"], buckets=buckets)
-    return histogram, Counter("pevlm_media_frames_total", "Frames decoded.")
+    histogram = Histogram("pevlm_media_seconds", text, ["stage"], buckets=BUCKETS)
+    frames = Counter("pevlm_media_frames_total", "Frames decoded.")
+    return (
+        histogram,
+        frames,
+        Counter("pevlm_media_bytes_total", "Bytes of videos' and images' files."),
+    )
 
 
 class ServerTiming:

@@ -1,4 +1,5 @@
-"""What a request says about the sampling of its videos: ``fps``, ``max_frames``, ``max_pixels``.
+"""What a request says about the sampling of its videos: ``fps``, ``max_frames``, ``max_pixels``,
+``frames``.
 
 A chat request says it in the ``video_url`` part, beside ``url``; on ``/generate`` an entry of
 ``video_data`` may be a mapping with ``url`` and these names. It applies to that video alone, within
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+KEYFRAMES = "keyframes"
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -22,17 +25,22 @@ class Wishes:
         fps: frames sampled from a second of video.
         max_frames: most frames sampled.
         max_pixels: most pixels of a sampled frame after the resize.
+        frames: ``keyframes`` = those near the sampled frames in their place, see
+            :mod:`pevlm_sglang.media.keyframes`. Of every model.
 
     Raises:
-        ValueError: a value of the wrong type, or not positive.
+        ValueError: a value of the wrong type, not positive, or another word.
     """
 
     fps: float | None = None
     max_frames: int | None = None
     max_pixels: int | None = None
+    frames: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in self.given().items():
+        if self.frames not in (None, KEYFRAMES):
+            raise ValueError(f"frames: expected {KEYFRAMES!r}, got {reprlib.repr(self.frames)}")
+        for name, value in self.numbers().items():
             whole = name != "fps"
             kind: Any = int if whole else (int, float)
             ok = isinstance(value, kind) and not isinstance(value, bool)
@@ -42,9 +50,13 @@ class Wishes:
                     f"{name}: expected {expected} of more than 0, got {reprlib.repr(value)}"
                 )
 
-    def given(self) -> dict[str, Any]:
-        """The wishes that were expressed."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def numbers(self) -> dict[str, Any]:
+        """The wishes that were expressed, but for ``frames``."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None and name != "frames"
+        }
 
     def check(self, limits: Mapping[str, float]) -> None:
         """Refuse what this model or this server does not offer.
@@ -55,7 +67,7 @@ class Wishes:
         Raises:
             ValueError: names the wish, what was expected and what came.
         """
-        for name, value in self.given().items():
+        for name, value in self.numbers().items():
             if name not in limits:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(limits)} for this model, got {name}"

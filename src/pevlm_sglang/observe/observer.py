@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
 from pevlm_sglang.attention.plan import VirtualSequence
 from pevlm_sglang.layout import Layout, full_pairs
+from pevlm_sglang.observe.timing import BUCKETS, Timing, ended
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +55,8 @@ class Totals:
         vision_items: videos and images that went into them; SGLang makes one item of all videos of
             a prompt for some models.
         vision_seconds: time of the runs on their device, of those that have ended.
+        prefill_seconds: time of prefill forwards on their device without the vision tower, of those
+            that have ended.
     """
 
     sparse_tokens: int = 0
@@ -67,6 +67,7 @@ class Totals:
     vision_runs: int = 0
     vision_items: int = 0
     vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
 
     def add(self, other: Totals) -> None:
         for total in fields(self):
@@ -76,7 +77,27 @@ class Totals:
         return vars(self) | {
             "dense_tokens": {reason: self.dense_tokens[reason] for reason in DENSE_REASONS},
             "vision_seconds": round(self.vision_seconds, 6),
+            "prefill_seconds": round(self.prefill_seconds, 6),
         }
+
+
+class _Prefill(Timing):
+    """A prefill forward, without the vision tower.
+
+    Attributes:
+        kind: ``sparse`` with LOCAL tokens, else ``dense``.
+        vision: runs of the tower in it.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.kind, self.vision = "dense", list[Timing]()
+        super().__init__(device)
+
+    @property
+    def seconds(self) -> float | None:
+        if (seconds := super().seconds) is None:
+            return None
+        return seconds - sum(run.seconds or 0.0 for run in self.vision)  # ended before it
 
 
 class Observer:
@@ -99,7 +120,9 @@ class Observer:
         self.decode_rows = 0
         self._log = log
         self._metrics = _Metrics() if metrics else None
-        self._vision_timer = DeviceTimer()
+        self._runs: deque[Timing] = deque()  # those that their device works on
+        self._prefills: deque[_Prefill] = deque()
+        self._prefill: _Prefill | None = None
 
     def dense_batch(
         self,
@@ -120,6 +143,8 @@ class Observer:
     ) -> None:
         """A batch with LOCAL tokens, cut into virtual sequences."""
         delta = Totals(sparse_forwards=1)
+        if self._prefill is not None:
+            self._prefill.kind = "sparse"
         blocks: set[tuple[int, int]] = set()
         for sequence in sequences:
             if sequence.row >= len(requests) - self.decode_rows:
@@ -150,11 +175,23 @@ class Observer:
     @contextmanager
     def vision_run(self, num_items: int, device: Any) -> Iterator[None]:
         """Count and time one run of the vision tower: the block, on a ``torch.device``."""
-        with self._vision_timer.measure(device):
-            yield
-        delta = Totals(vision_runs=1, vision_items=num_items)
-        delta.vision_seconds = self._vision_timer.take()
-        self._add(delta)
+        timing = Timing(device)
+        yield
+        timing.stop()
+        self._runs.append(timing)
+        if self._prefill is not None:
+            self._prefill.vision.append(timing)
+        self._add(Totals(vision_runs=1, vision_items=num_items))
+
+    @contextmanager
+    def prefill(self, device: Any) -> Iterator[None]:
+        """Time one prefill forward: the block, on a ``torch.device``."""
+        self._prefill = prefill = _Prefill(device)
+        yield
+        self._prefill = None
+        prefill.stop()
+        self._prefills.append(prefill)
+        self._add(Totals())
 
     def embeddings_kept(self, num_bytes: int) -> None:
         """Requests hold this much now."""
@@ -164,10 +201,19 @@ class Observer:
 
     def describe(self) -> dict[str, Any]:
         """The state of this process, for ``/server_info``."""
-        self._add(Totals(vision_seconds=self._vision_timer.take()))
+        self._add(Totals())
         return {**self.totals.describe(), "vision_kept_bytes": self.kept_bytes}
 
     def _add(self, delta: Totals) -> None:
+        """What was counted, and the times that have become known."""
+        for _, seconds in ended(self._runs):
+            delta.vision_seconds += seconds
+            if self._metrics:
+                self._metrics.vision.observe(seconds)
+        for prefill, seconds in ended(self._prefills):
+            delta.prefill_seconds += seconds
+            if self._metrics:
+                self._metrics.prefill.labels(prefill.kind).observe(seconds)
         self.totals.add(delta)
         if self._metrics:
             self._metrics.add(delta)
@@ -179,7 +225,7 @@ class _Metrics:
 
     def __init__(self) -> None:
         from prometheus_client import Counter as PrometheusCounter
-        from prometheus_client import Gauge
+        from prometheus_client import Gauge, Histogram
 
         self._tokens = PrometheusCounter(
             "pevlm_prefill_tokens_total",
@@ -192,8 +238,14 @@ class _Metrics:
             ["kind"],
         )
         self._runs = PrometheusCounter("pevlm_vision_runs_total", "Runs of the vision tower.")
-        self._seconds = PrometheusCounter(
-            "pevlm_vision_seconds_total", "Time of the vision tower's runs on their device."
+        self.vision = Histogram(
+            "pevlm_vision_seconds", "A run of the vision tower on its device.", buckets=BUCKETS
+        )
+        self.prefill = Histogram(
+            "pevlm_prefill_seconds",
+            "A prefill forward on its device without the vision tower, by attention.",
+            ["kind"],
+            buckets=BUCKETS,
         )
         self.kept_bytes = Gauge(
             "pevlm_vision_kept_bytes",
@@ -203,6 +255,8 @@ class _Metrics:
         self._tokens.labels("sparse", "")
         for reason in DENSE_REASONS:
             self._tokens.labels("dense", reason)
+        for kind in ("sparse", "dense"):
+            self.prefill.labels(kind)
 
     def add(self, delta: Totals) -> None:
         self._tokens.labels("sparse", "").inc(delta.sparse_tokens)
@@ -211,35 +265,3 @@ class _Metrics:
         self._pairs.labels("computed").inc(delta.pairs_computed)
         self._pairs.labels("saved").inc(delta.pairs_saved)
         self._runs.inc(delta.vision_runs)
-        self._seconds.inc(delta.vision_seconds)
-
-
-class DeviceTimer:
-    """Adds up the time of code that may only queue its work, as a GPU does, and never waits."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._running: deque[tuple[Any, Any]] = deque()
-
-    @contextmanager
-    def measure(self, device: Any) -> Iterator[None]:
-        """Time the block, on the current stream of a ``torch.device`` of type cuda, or by the
-        clock on any other."""
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._running.append((start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-
-    def take(self) -> float:
-        """Seconds of the blocks that have ended on their device since the last call."""
-        while self._running and self._running[0][1].query():
-            start, end = self._running.popleft()
-            self._seconds += start.elapsed_time(end) / 1000
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

@@ -16,6 +16,7 @@ PREFILL_KERNELS = ("auto", "base", "flash", "triton", "sdpa")
 """``base``: the base backend's own, on rewritten metadata; the others are of ``pevlm_kernels``."""
 
 VIDEO_RESIZES = ("uint8", "float32")
+MEDIA_DEVICES = ("auto", "cpu", "cuda")
 
 MAX_FRAMES = 1_000_000
 """More sampled frames than any context holds; a bound, so that a number can always be handled."""
@@ -67,13 +68,24 @@ class PevlmConfig:
         per_request=False,
         choices=VIDEO_RESIZES,
     )
+    media_device: str = _option(
+        "auto",
+        "where decoded frames are resized, normalised and cut in patches; auto = on the server's "
+        "GPU where it has one and the model's processor can",
+        per_request=False,
+        choices=MEDIA_DEVICES,
+    )
     media_memory_mb: int = _option(
         512,
         "decoded frames in the launcher's memory at a time, of all requests together, in MiB",
         least=64,
         per_request=False,
     )
-
+    media_cache_mb: int = _option(
+        4096,
+        "videos that stay prepared in shared memory for the next question, in MiB; 0 = none",
+        per_request=False,
+    )
     media_paths: str = _option(
         "",
         "directories, with colons between them, below which requests may name files; empty = all "
@@ -82,16 +94,27 @@ class PevlmConfig:
     )
     max_source_mb: int = _option(
         4096,
-        "of a file, or of media inside a request, in MiB",
+        "of a file, of a download, or of media inside a request, in MiB; a download's size is "
+        "bounded by SGLang's --media-url-max-file-size-mb too",
         least=1,
         per_request=False,
     )
+    max_fetch_seconds: int = _option(
+        60, "of a download, redirects included", least=1, per_request=False
+    )
+    max_redirects: int = _option(5, "of a download", per_request=False)
     max_video_seconds: int = _option(
         14_400, "of a video, whose sampled frames are decoded", least=1, per_request=False
     )
     max_frame_megapixels: int = _option(
         64,
         "of a video's frame before its resize, x 1,048,576",
+        least=1,
+        per_request=False,
+    )
+    max_request_megapixels: int = _option(
+        16_384,
+        "of all sampled frames and images of a request before their resize, x 1,048,576",
         least=1,
         per_request=False,
     )

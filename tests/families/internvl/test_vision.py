@@ -15,6 +15,7 @@ from PIL import Image
 from pevlm_sglang.families.internvl.sizes import PUBLISHED
 from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.tile_layout import tile_layout
+from support.clips import whole
 from support.families import internvl as reference
 from support.families import internvl_upstream
 from support.families.internvl import VIDEO
@@ -65,7 +66,8 @@ def test_indices(total: int, count: int) -> None:
 def test_corrections_matter(model: Path, clip: Clip) -> None:
     """On a clip with texture, upstream's pixels are far from the reference's."""
     with processor(model) as process:
-        ours = process(f"{VIDEO}?", [clip(640, 360)]).mm_items[0].feature
+        [video] = whole(process(f"{VIDEO}?", [clip(640, 360)]).mm_items)
+    ours = video.pixels
     with processor(model, upstream=True) as process:
         theirs = process(f"{VIDEO}?", [clip(640, 360)]).mm_items[0].feature
     assert float((ours - theirs.float()).abs().mean()) > 0.3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +14,11 @@ import torch
 from PIL import Image
 
 from pevlm_sglang.families.llava_video import spans as llava_video
+from pevlm_sglang.families.llava_video.spans import ENDS
 from pevlm_sglang.layout import FrameSpans
+from support.clips import whole
 from support.families.llava_video import LlavaVideoOracle, frames_of, pixels_of
 from support.families.llava_video_tiny import PLACEHOLDER_ID, make_tiny_model
-from support.video import write_video
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llava_video.txt"
 LAYOUTS = [
@@ -45,18 +45,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> LlavaVideoOracle:
     return LlavaVideoOracle(directory)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    base = tmp_path_factory.mktemp("videos")
-
-    @cache
-    def write(width: int = 112, height: int = 84) -> Path:
-        path = base / f"{width}x{height}.mp4"
-        return write_video(path, seconds=10, size=(width, height), seed=width)
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +104,8 @@ def test_pil_resizes_where_nobody_says_otherwise(
 
 def check_ids_and_pixels(out: Any, inputs: Any, pixels: list[torch.Tensor]) -> None:
     assert out.input_ids == inputs["input_ids"][0].tolist()
-    for found, expected in zip(out.mm_items, pixels, strict=True):
-        torch.testing.assert_close(found.feature, expected, rtol=0, atol=1e-6)
+    for found, expected in zip(whole(out.mm_items), pixels, strict=True):
+        torch.testing.assert_close(found.pixels, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 16, 17, 63, 300])
@@ -250,7 +238,11 @@ def test_features_of_videos_and_pictures(model: tuple[Any, LlavaVideoOracle]) ->
     corrected, oracle = model
     frames = [picture(112, 84, seed) for seed in range(18)]  # more than the tower takes at once
     pixels = torch.stack([pixels_of(frame) for frame in frames])
-    items = [SimpleNamespace(feature=pixels), SimpleNamespace(feature=pixels[:1])]
+    items = [
+        SimpleNamespace(feature=pixels[:5], model_specific_data={ENDS: False}),
+        SimpleNamespace(feature=pixels[5:], model_specific_data={ENDS: True}),
+        SimpleNamespace(feature=pixels[:1], model_specific_data={}),
+    ]
     expected = torch.cat([oracle.video(frames), oracle.video(frames[:1])])
     with torch.no_grad():
         found = corrected.get_video_feature(items)

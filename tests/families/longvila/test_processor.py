@@ -23,6 +23,7 @@ from pevlm_sglang.families import registry
 from pevlm_sglang.families.longvila import spans as longvila
 from pevlm_sglang.families.longvila.sizes import PUBLISHED
 from pevlm_sglang.families.spans import SpanRule
+from support.clips import whole
 from support.families.longvila import (
     IMAGE,
     NUM_FRAMES,
@@ -33,7 +34,6 @@ from support.families.longvila import (
     make_tiny_model,
     sample,
 )
-from support.video import write_video
 
 RULE = SpanRule(longvila, 1)
 GOLDEN = Path(__file__).parents[2] / "golden" / "longvila.txt"
@@ -47,19 +47,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> LongVilaOracle:
     return LongVilaOracle(directory)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    base = tmp_path_factory.mktemp("clips")
-
-    def write(seconds: float = 6, width: int = 112, height: int = 84) -> Path:
-        path = base / f"{seconds}-{width}x{height}.mp4"
-        if not path.exists():
-            write_video(path, seconds=seconds, size=(width, height), seed=width)
-        return path
-
-    return write
 
 
 @contextmanager
@@ -113,14 +100,14 @@ def test_ids_pixels_and_spans_are_the_reference_s(
     from PIL import Image
 
     image = Image.fromarray(picture)
-    videos = (clip(6, *size), clip(30, *size))
+    videos = (clip(*size), clip(*size, seconds=30))
     prompt = f"One {VIDEO}{IMAGE} two:\n{VIDEO}\n\nWhy?"
     out = process(prompt, map(str, videos), [image])
     expected = oracle.inputs(prompt, videos, [image])
     assert out.input_ids == expected["input_ids"][0].tolist()
-    for item, (kind, pixels, _) in zip(out.mm_items, expected["media"], strict=True):
-        assert item.modality.name.lower() == kind
-        assert torch.equal(item.feature, pixels)
+    for medium, (kind, pixels, _) in zip(whole(out.mm_items), expected["media"], strict=True):
+        assert medium.kind == kind
+        assert torch.equal(medium.pixels, pixels)
     assert spans(out) == [tuple(video) for video in oracle.videos(expected)]
     assert longvila.image_ranges(out) == oracle.images(expected)
 
@@ -150,7 +137,8 @@ def test_lengths(
     assert all(end == start for (_, end), (start, _) in pairwise(steps))
     assert out.input_ids.count(pad) == frames * TOKENS_PER_FRAME
     pixels = oracle.pixels(sample(clip(), frames))
-    assert torch.equal(out.mm_items[0].feature, pixels)
+    [video] = whole(out.mm_items)
+    assert torch.equal(video.pixels, pixels)
 
 
 def test_prompt_of_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -18,7 +19,9 @@ import torch
 from PIL import Image
 
 from pevlm_sglang.families.qwen_vl.sizes import PUBLISHED
+from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.settings.config import VIDEO_RESIZES
+from support.clips import whole
 from support.families.qwen_vl import mrope_positions, reference_inputs, reference_video
 from support.processor import Processor, in_the_scheduler, longest_pause, sglang_processor
 from support.tiny import make_tiny_model
@@ -125,8 +128,7 @@ def pixels(output: Any) -> torch.Tensor:
 
 
 def grids(output: Any) -> list[list[int]]:
-    rows = [item.model_specific_data["video_grid_thw"] for item in output.mm_items]
-    return torch.cat(rows).tolist()
+    return [video.grid for video in whole(output.mm_items)]
 
 
 def assert_same(output: Any, expected: Any) -> None:
@@ -296,6 +298,80 @@ def test_event_loop_goes_on(start: Start, clip: Callable[..., Path], name: str) 
     assert pause < max(0.15, (time.perf_counter() - began) / 20)  # what one video takes: an eighth
 
 
+# --- On a device -----------------------------------------------------------------------------
+
+
+def test_processor_takes_the_device_that_was_chosen(
+    models: dict[str, Model], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results stay where SGLang's transport takes features from there, and none is kept for the
+    next question."""
+    from sglang.srt.multimodal.transport.cuda_ipc import MM_FEATURE_CACHE_SIZE
+
+    from pevlm_sglang.families.qwen_vl.processor import QwenVLProcessor
+    from pevlm_sglang.media.pixel_device import CHOSEN
+
+    assert start("qwen2_5_vl").sglang.pixel_device is None
+    cases = (("cpu", 0, 0), ("cuda_ipc", 0, MM_FEATURE_CACHE_SIZE), ("cuda_ipc", 8, 0))
+    for transport, cache, kept in cases:
+        monkeypatch.setattr(QwenVLProcessor, "keep_mm_features_on_device", transport == "cuda_ipc")
+        model = models["qwen2_5_vl"]
+        with sglang_processor(
+            QwenVLProcessor,
+            model.config,
+            model.processor,
+            pevlm={"media_memory_mb": 70, "media_cache_mb": cache},
+            attributes={CHOSEN: "cuda:2"},
+        ) as processor:
+            device = processor.sglang.pixel_device
+        assert device.device == torch.device("cuda", 2)
+        assert (device._memory, device._room) == (70 << 20, kept)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_patches_of_a_device_reach_the_transport(
+    models: dict[str, Model],
+    start: Start,
+    clip: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kept: int,
+) -> None:
+    """As they were written, without a copy in between; and their room is given back. The CPU is in
+    the GPU's place, and SGLang's pool of GPU memory is one that takes a copy."""
+    processor = start(name, video=FEW, pevlm={"media_cache_mb": 0, "block_frames": 4})
+    device = PixelDevice(torch.device("cpu"), 1 << 20, kept)
+    processor.sglang.pixel_device = device
+    written: list[int] = []
+    sent: list[int] = []
+    empty = device.empty
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        written.append(made.data_ptr())
+        assert device._room < kept or not kept
+        return made
+
+    def wrap(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(device, "empty", watched)
+    if kept:
+        monkeypatch.setattr(processor.sglang, "mm_feature_transport", "cuda_ipc")
+        monkeypatch.setattr(processor.sglang, "use_cuda_ipc", True)
+        monkeypatch.setattr(processor.sglang, "_wrap_tensor_for_cuda_ipc", wrap)
+    video = clip(37, (202, 114), 7.5)
+    output = processor(PROMPT, [str(video)])
+    assert_same(output, reference(models[name], name, [(video, FEW)], PROMPT))
+    assert len(written) == 2  # clips
+    assert sent == (written if kept else [])
+    del output
+    gc.collect()
+    assert device._room == kept
+
+
 # --- Settings of a request ----------------------------------------------------------------------
 
 WISHES = [
@@ -355,26 +431,32 @@ def test_server_that_fixes_the_number_of_frames(start: Start, clip: Callable[...
 
 
 def test_other_wishes_are_another_video_to_the_cache(
-    start: Start, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    start: Start, clip: Callable[..., Path]
 ) -> None:
-    """Prefix caching knows a video by its hash."""
-    from sglang.srt.managers.schedule_batch import MultimodalDataItem
-
-    from pevlm_sglang.families.qwen_vl import video_hash
-
-    upstream = MultimodalDataItem.set_pad_value
-    monkeypatch.setattr(MultimodalDataItem, "set_pad_value", upstream)  # restored afterwards
-    video_hash.install()
+    """Prefix caching knows a clip by its hash."""
     processor = start("qwen2_5_vl", video=FEW)
 
     def hashed(**wish: Any) -> int:
         [item] = processor(PROMPT, [{"url": str(clip(24, (112, 84))), **wish}]).mm_items
-        item.set_pad_value()
         return int(item.hash)
 
     wishes: list[dict[str, Any]] = [{}, {"fps": 1}, {"max_frames": 2}, {"max_pixels": 4000}]
     assert len({hashed(**wish) for wish in wishes}) == len(wishes)
     assert hashed(fps=1) == hashed(fps=1, max_pixels=600_000)  # the same frames
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_longer_video_begins_with_the_same_clips(
+    start: Start, clip: Callable[..., Path], name: str
+) -> None:
+    """Of whole clips; and those that follow are new."""
+    frames = np.random.default_rng(0).integers(0, 256, (44, 84, 112, 3), np.uint8)
+    processor = start(name, video=FEW)
+    short, long = (
+        [item.hash for item in processor(PROMPT, [frames[:count]]).mm_items] for count in (36, 44)
+    )
+    assert (len(short), len(long)) == (3, 3)
+    assert [a == b for a, b in zip(short, long, strict=True)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +471,7 @@ def test_other_wishes_are_another_video_to_the_cache(
         ({}, {"max_pixels": 602_113}, "max_pixels: expected at most 602112, the server's limit"),
         ({"max_pixels": 5000}, {"max_pixels": 5001}, "max_pixels: expected at most 5000"),
         ({"resized_height": 56, "resized_width": 56}, {"max_pixels": 9000}, "max_pixels: expected"),
-        ({}, {"frames": 3}, "video frames: expected one of fps, max_frames, max_pixels"),
+        ({}, {"frames": 3}, "frames: expected 'keyframes', got 3"),
     ],
 )
 def test_bad_wish(
@@ -475,6 +557,8 @@ def test_a_request_has_files_and_frames(start: Start, clip: Callable[..., Path])
         ({"fps": 1, "nframes": 8}, "fps, nframes: expected one or the other, got both"),
         ({"resized_width": 8}, "resized_height, resized_width: expected both or none"),
         ({"max_pixels": 5000}, "max_pixels: expected at least min_pixels"),
+        ({"max_frames": 1}, "--mm-process-config: max_frames: expected at least 2 sampled frames"),
+        ({"nframes": 1}, "nframes: expected at least 2 sampled frames, got 1; this model sees 2 "),
     ],
 )
 def test_bad_settings_of_the_server(
@@ -485,31 +569,35 @@ def test_bad_settings_of_the_server(
 
     with pytest.raises(UnsupportedError, match=message):
         check_launch(models[name].config, video)
-    check_launch(models[name].config, {"fps": 1, "max_frames": 64})
+    for sound in ({"fps": 1, "max_frames": 64}, {"max_frames": 2}, {"nframes": 2}):
+        check_launch(models[name].config, sound)
 
 
-def test_max_pixels_of_a_chat_request() -> None:
+def test_our_wishes_of_a_chat_request() -> None:
     """In a process of its own: the request model of this one stays as it is."""
     import subprocess
     import sys
 
     code = """
 import json
-from pevlm_sglang.media.video_url import offer_max_pixels
-offer_max_pixels()
-offer_max_pixels()
+from pevlm_sglang.media.video_url import offer_wishes
+offer_wishes()
+offer_wishes()
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.jinja_template_utils import process_content_for_template_format
-url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000}
+url = {"url": "a.mp4", "fps": 1.5, "max_frames": 9, "max_pixels": 7000, "frames": "keyframes"}
 body = {"model": "m", "messages": [
     {"role": "user", "content": [{"type": "video_url", "video_url": url}]}]}
 message = ChatCompletionRequest.model_validate(body).messages[0].model_dump()
 videos = []
 process_content_for_template_format(message, "openai", [], videos, [], [])
-print(json.dumps(videos[0].preprocess_kwargs))
+print(json.dumps(videos[0].preprocess_kwargs), flush=True)
 part = body["messages"][0]["content"][0]
-for place, name in ((url, "max_pixels"), (url, "max_frame"), (part, "fps")):
-    before, place[name] = dict(place), "many"
+for place, name, value in (
+    (url, "max_pixels", "many"), (url, "max_frame", "many"), (part, "fps", "many"),
+    (url, "frames", 3), (part, "frames", "keyframes"),
+):
+    before, place[name] = dict(place), value
     try:
         ChatCompletionRequest.model_validate(body)
     except ValueError as error:
@@ -518,7 +606,15 @@ for place, name in ((url, "max_pixels"), (url, "max_frame"), (part, "fps")):
         raise AssertionError(f"{name} passed")
     place.clear()
     place.update(before)
+from sglang.srt.entrypoints.http_server import generate_contract_error as error
+video = {"url": "a.mp4", "frames": "keyframes"}
+for data in (video, [video], [[video], ["b.mp4"]], "b.mp4", None):
+    assert error({"text": "a", "video_data": data}) is None, data
+for data in ({**video, "frames": 3}, {**video, "frame": "a"}):
+    assert error({"text": "a", "video_data": data}), data
+assert "unknown field `frames`" in error({"text": "a", "image_data": video})
+assert error([]) and error({"text": 3})
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     kwargs = json.loads(out.stdout.splitlines()[-1])
-    assert kwargs == {"fps": 1.5, "max_frames": 9, "max_pixels": 7000}
+    assert kwargs == {"fps": 1.5, "max_frames": 9, "max_pixels": 7000, "frames": "keyframes"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.families.qwen_vl import timestamps as qwen3_vl
-from pevlm_sglang.families.spans import SpanRule
+from pevlm_sglang.families.spans import SpanRule, mark_continuing
 from support.exchange import IMAGE, SYSTEM, VIDEO, user
 from support.families.qwen3_vl import find_steps, make_tiny_model
 from support.golden import describe
@@ -68,14 +68,17 @@ class Stream:
         """The steps, found in the decoded text."""
         return find_steps(self.processor.tokenizer, self.ids, [v.steps for v in self.videos])
 
-    def inputs(self, *, one_item: bool = False) -> SimpleNamespace:
-        """The part of SGLang's ``MultimodalInputs`` that is read."""
+    def inputs(self, clip: int = 10**6) -> SimpleNamespace:
+        """The part of SGLang's ``MultimodalInputs`` that is read, in clips of so many steps."""
         runs = iter(_runs(self.ids, self.processor.video_token_id))
-        offsets = [list(islice(runs, v.steps)) for v in self.videos]
-        grids = [[[v.steps, v.height, v.width]] for v in self.videos]
-        if one_item and self.videos:
-            offsets, grids = [list(chain(*offsets))], [list(chain(*grids))]
-        items = [_item("VIDEO", o, g) for o, g in zip(offsets, grids, strict=True)]
+        items = []
+        for v in self.videos:
+            offsets = list(islice(runs, v.steps))
+            for start in range(0, v.steps, clip):
+                own = offsets[start : start + clip]
+                items.append(_item("VIDEO", own, [[len(own), v.height, v.width]]))
+                if start:
+                    mark_continuing(items[-1])
         images = _runs(self.ids, self.processor.image_token_id)
         return SimpleNamespace(
             mm_items=[*items, *(_item("IMAGE", [offset]) for offset in images)],
@@ -83,7 +86,7 @@ class Stream:
             im_end_id=self.processor.vision_end_token_id,
         )
 
-    def labelled(self, **kwargs: bool) -> SimpleNamespace:
+    def labelled(self, **kwargs: int) -> SimpleNamespace:
         """The same, as the launcher sends it."""
         inputs = self.inputs(**kwargs)
         qwen3_vl.label_items(inputs.mm_items, self.ids, self.processor.tokenizer)
@@ -95,7 +98,7 @@ class Stream:
         pads = (self.processor.video_token_id, self.processor.image_token_id)
         return [PADS[i % 4] if i in pads else i for i in self.ids]
 
-    def spans(self, **kwargs: bool) -> list[list[tuple[int, int]]]:
+    def spans(self, **kwargs: int) -> list[list[tuple[int, int]]]:
         found = RULE.spans(self.labelled(**kwargs), self.prompt, image_runs=False)
         assert all(span.frames_per_step == 2 for span in found)
         return [list(span.steps) for span in found]
@@ -157,7 +160,7 @@ def stream(processor: Any, text: str, *videos: Video, images: int = 0) -> Stream
     return Stream(processor, processor.tokenizer(expanded[0])["input_ids"], videos)
 
 
-def check(found: Stream, **kwargs: bool) -> None:
+def check(found: Stream, **kwargs: int) -> None:
     """Spans are where the text says, and hold what they should, token by token."""
     spans = found.spans(**kwargs)
     assert spans == found.expected
@@ -197,10 +200,10 @@ def test_lengths(processor: Any, wrapped: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "{}{}", "{} {}", "yes.{}no.{}?", "<{}<9.7 seconds>{}"])
 @pytest.mark.parametrize("wrapped", [VIDEO, BARE])
-@pytest.mark.parametrize("one_item", [False, True])
-def test_text_around_videos(processor: Any, text: str, wrapped: str, one_item: bool) -> None:
+@pytest.mark.parametrize("clip", [1, 2, 9])
+def test_text_around_videos(processor: Any, text: str, wrapped: str, clip: int) -> None:
     videos = (video(5, 4, 6, every=3), video(8, 6, 2, every=40))[: text.count("{}")]
-    check(stream(processor, text.replace("{}", wrapped), *videos), one_item=one_item)
+    check(stream(processor, text.replace("{}", wrapped), *videos), clip=clip)
 
 
 def test_a_token_shared_with_the_text_before_is_outside(processor: Any) -> None:
@@ -237,13 +240,18 @@ words = st.sampled_from(["", " ", "yes.", "<", "<0.2 seconds>", "1", "\n", "é",
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(words, shapes, st.sampled_from([VIDEO, BARE])), max_size=4), words)
-def test_any_stream(processor: Any, parts: list, end: str) -> None:
+@given(
+    st.lists(st.tuples(words, shapes, st.sampled_from([VIDEO, BARE])), max_size=4),
+    words,
+    st.integers(1, 5),
+)
+def test_any_stream(processor: Any, parts: list, end: str, clip: int) -> None:
+    """However a video is cut into clips."""
     text = "".join(before + wrapped for before, _, wrapped in parts) + end
     videos = [shape for _, shape, _ in parts]
     found = stream(processor, text, *videos, images=text.count(IMAGE))
     check(found)
-    assert found.spans(one_item=True) == found.spans()
+    assert found.spans(clip=clip) == found.spans()
 
 
 def test_golden(processor: Any) -> None:
@@ -282,9 +290,9 @@ def three_steps(processor: Any) -> Stream:
     [
         (None, [[1, 4, 4]], "video item: expected offsets, got none"),
         ([(5, 8)], None, "expected video_grid_thw, got none"),
-        ([(5, 8)], [[2, 4, 4]], "videos of [2] steps in video_grid_thw, got 1"),
-        ([(5, 8), (20, 23)], [[1, 4, 4]], "videos of [1] steps in video_grid_thw, got 2"),
-        ([(5, 8)], [[1, 4, 4], [0, 4, 4]], "videos of [1, 0] steps in video_grid_thw, got 1"),
+        ([(5, 8)], [[2, 4, 4]], "a video of [2] steps in video_grid_thw, got 1"),
+        ([(5, 8), (20, 23)], [[1, 4, 4]], "a video of [1] steps in video_grid_thw, got 2"),
+        ([(5, 8)], [[1, 4, 4], [0, 4, 4]], "a video of [1, 0] steps in video_grid_thw, got 1"),
     ],
 )
 def test_items_that_do_not_fit(

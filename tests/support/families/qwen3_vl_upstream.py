@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from support.clips import whole
 from support.isolated import run_module
 
 VIDEO_CONFIG = {"min_pixels": 3136}  # of SGLang's first resize, which then leaves small clips alone
@@ -117,11 +118,12 @@ async def _answer(
         items = [item for item in output.mm_items if item.modality.name.lower() == kind]
         if items:
             pixels = torch.cat([item.feature for item in items])
-            grid = torch.cat([item.model_specific_data[f"{kind}_grid_thw"] for item in items])
+            cut = torch.cat([item.model_specific_data[f"{kind}_grid_thw"] for item in items])
+            grid = torch.tensor([video.grid for video in whole(items)]) if kind == "video" else cut
             answer |= {
                 f"pixels_{kind}": pixels,
                 f"grid_{kind}": grid,
-                f"features_{kind}": tower(pixels, grid),
+                f"features_{kind}": tower(pixels, cut),
             }
     return answer
 

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,12 +25,15 @@ from sglang.srt.multimodal.processors.internvl import InternVLProcessor
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry, label
+from pevlm_sglang.families.internvl.spans import CLOSING
 from pevlm_sglang.families.internvl.tiles import tiles_of
 from pevlm_sglang.families.processor import VideoProcessor
-from pevlm_sglang.families.spans import label_tokens, leave_labels
+from pevlm_sglang.families.spans import label_tokens, leave_labels, mark_continuing
 from pevlm_sglang.families.tile_layout import num_tiles
-from pevlm_sglang.media import told
-from pevlm_sglang.media.identity import identity, pixels_digest
+from pevlm_sglang.media import limits, told
+from pevlm_sglang.media.cache import Clips
+from pevlm_sglang.media.clips import whole
+from pevlm_sglang.media.identity import identity
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
@@ -38,31 +42,27 @@ logger = logging.getLogger(__name__)
 
 
 class _Tiles(NamedTuple):
-    """An image or a video.
+    """An image or a video: a run of placeholders a step.
 
     Attributes:
-        pixels: ``[runs of placeholders, tiles of each, 3, size, size]``.
-        source: what they are made of.
+        clips: of pixels ``[steps x tiles of each, 3, size, size]``.
     """
 
-    pixels: torch.Tensor
-    source: Any
+    clips: Clips
 
     @property
     def runs(self) -> int:
-        return self.pixels.shape[0]
+        return sum(clip.steps for clip in self.clips)
 
     @property
     def per_run(self) -> int:
-        return self.pixels.shape[1]
+        return len(self.clips[0].pixels) // self.clips[0].steps
 
 
 class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
     """In place of SGLang's on a server with PEVLM."""
 
     read_elsewhere = ("max_dynamic_patch",)
-
-    video_preprocessing_device = "cpu"  # decode there, as the reference does
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
@@ -95,13 +95,15 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             for image in media.images
         )
         self.check_length(image_tiles * self.num_image_token)
-        counts = self._counts(media, wishes, image_tiles, most_of["video"])
+        heeded = list(map(self.heeded, media.videos, wishes))
+        counts = self._counts(media, heeded, image_tiles, most_of["video"])
+        limits.limits.check_pixels(zip(counts, media.videos, strict=True), media.images)
         images = await all_of(
             self.reader.run(self._image, picture, most_of["image"]) for picture in media.images
         )
         sampled = await all_of(
-            self._sample(video, count, most_of["video"])
-            for video, count in zip(media.videos, counts, strict=True)
+            self._sample(video, count, wish, most_of["video"])
+            for video, count, wish in zip(media.videos, counts, heeded, strict=True)
         )
         ids, items = await self.reader.run(self._prompt, media.input_text, images, sampled)
         return MultimodalProcessorOutput(
@@ -136,14 +138,14 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         return tiles_of(picture, self._size, most).to(self._dtype)
 
     def _image(self, picture: Image.Image, most: int) -> _Tiles:
-        tiles = self._tiles(picture.convert("RGB"), most)
-        return _Tiles(tiles[None], pixels_digest(tiles))
+        return _Tiles((whole(self._tiles(picture.convert("RGB"), most)),))
 
-    async def _sample(self, video: Any, count: int, most: int) -> _Tiles:
+    async def _sample(self, video: Any, count: int, wish: Wishes, most: int) -> _Tiles:
         """The tiles of each of ``count`` frames."""
         settings = dataclasses.replace(self.settings, num_frames=count)
-        tiles, source = await self.sampled(video, settings, lambda frame: self._tiles(frame, most))
-        return _Tiles(tiles, source or pixels_digest(tiles))
+        indices = self.indices(video, settings, wish)
+        tiles = partial(self._tiles, most=most)
+        return _Tiles(await self.sampled(video, indices, tiles, most))
 
     def _counts(
         self, media: Any, wishes: Sequence[Wishes], image_tiles: int, most_tiles: int
@@ -168,8 +170,7 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
         taken += image_tiles * self.num_image_token
         most = max(0, int(self.max_context_len) - taken) // frame
         default = self.settings.num_frames
-        heeded = map(self.heeded, media.videos, wishes)
-        asked = [wish.max_frames for wish in heeded]
+        asked = [wish.max_frames for wish in wishes]
         counts = share(asked, default, most)
         if min(counts) < default and None in asked:
             logger.warning(
@@ -245,18 +246,26 @@ class PevlmInternVLProcessor(VideoProcessor, InternVLProcessor):
             )
         rest = iter(offsets)
         for medium in media:
-            own = list(islice(rest, medium.runs))
-            item = MultimodalDataItem(
-                feature=medium.pixels.flatten(0, 1),
-                modality=kind,
-                offsets=own,
-                hash=identity(kind.name, medium.pixels.dtype, medium.pixels.shape, medium.source),
-            )
-            if kind is Modality.VIDEO:
-                before, first = ids[: own[0][0] - 1].tolist(), label(1)
-                tokens = label_tokens(self.tokenizer, before, re.escape(first), repr(first))
-                leave_labels(item, [(medium.runs, tokens)])
-            yield item
+            end = None
+            for clip in medium.clips:
+                own = list(islice(rest, clip.steps))
+                shape = (clip.pixels.dtype, tuple(clip.pixels.shape), clip.steps)
+                item = MultimodalDataItem(
+                    feature=clip.pixels,
+                    modality=kind,
+                    offsets=own,
+                    hash=identity(kind.name, *shape, clip.digest),
+                )
+                if kind is Modality.VIDEO:
+                    if end is None:
+                        before, first = ids[: own[0][0] - 1].tolist(), label(1)
+                        tokens = label_tokens(self.tokenizer, before, re.escape(first), repr(first))
+                    else:
+                        tokens = own[0][0] - 1 - (end + 1 + CLOSING)
+                        mark_continuing(item)
+                    leave_labels(item, [(clip.steps, tokens)])
+                    end = own[-1][1]
+                yield item
 
 
 def share(wishes: Sequence[int | None], default: int, most: int) -> list[int]:

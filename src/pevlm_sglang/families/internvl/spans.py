@@ -38,4 +38,6 @@ def frames_per_step(hf_config: Any) -> int:
     return 1
 
 
-video_spans = partial(labelled_videos, closing=2)  # </img>, and the token the newline opens
+CLOSING = 2  # </img>, and the token the newline opens
+
+video_spans = partial(labelled_videos, closing=CLOSING)

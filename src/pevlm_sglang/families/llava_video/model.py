@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from pevlm_sglang.families.llava_video.image_layout import lay_out_image
 from pevlm_sglang.families.llava_video.sizes import POOL_STRIDE, TokenLayout
+from pevlm_sglang.families.llava_video.spans import ENDS
 
 FRAMES_A_RUN = 16
 """Frames that the vision tower takes at once: it keeps every layer's output, 100 MB a layer of the
@@ -68,7 +69,17 @@ class LlavaQwenForCausalLM(upstream.LlavaQwenForCausalLM):
         """``[tokens, hidden]`` of videos and of the frames of lists, one after the other."""
         newline = self.language_model.model.image_newline
         layout = TokenLayout.of(self.config, self.num_patches_per_side)
-        return torch.cat([lay_out(self._encode(item), layout, newline) for item in items])
+        return torch.cat(
+            [
+                lay_out(
+                    self._encode(item),
+                    layout,
+                    newline,
+                    ends=item.model_specific_data.get(ENDS, True),
+                )
+                for item in items
+            ]
+        )
 
     def get_image_feature(self, items: list[Any]) -> torch.Tensor:
         """``[tokens, hidden]`` of images, one after the other."""
@@ -93,16 +104,19 @@ class LlavaQwenForCausalLM(upstream.LlavaQwenForCausalLM):
         return torch.cat(runs)
 
 
-def lay_out(features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor) -> torch.Tensor:
-    """Pool the features of a video, and put newlines where the reference has them.
+def lay_out(
+    features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor, *, ends: bool = True
+) -> torch.Tensor:
+    """Pool the features of a clip, and put newlines where the reference has them.
 
     Args:
         features: ``[frames, patches, hidden]``.
         layout: of the model.
         newline: ``[hidden]``.
+        ends: whether its video ends with it.
 
     Returns:
-        ``[layout.tokens(frames), hidden]``
+        ``[tokens, hidden]``, for a whole video ``layout.tokens(frames)`` of them.
 
     Source: ``get_2dPool``, ``add_token_per_grid`` and ``add_token_per_frame`` of LLaVA-NeXT.
     """
@@ -122,6 +136,6 @@ def lay_out(features: torch.Tensor, layout: TokenLayout, newline: torch.Tensor) 
     if layout.newline == "frame":
         tokens = torch.cat([tokens, newline.expand(frames, 1, -1)], dim=1)
     tokens = tokens.flatten(0, 1)
-    if layout.newline == "one_token":
+    if layout.newline == "one_token" and ends:
         tokens = torch.cat([tokens, newline[None]])
     return tokens

@@ -14,7 +14,7 @@ Source: LLaVA-NeXT, docs/LLaVA_Video_1003.md and ``tokenizer_image_token`` in ll
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
 
 from pevlm_sglang.families.llava_video.image_layout import lay_out_image, patches_per_side
 from pevlm_sglang.families.llava_video.sizes import LlavaGeometry, TokenLayout
-from pevlm_sglang.families.llava_video.spans import FRAMES
-from pevlm_sglang.families.processor import Medium, PlaceholderProcessor
+from pevlm_sglang.families.llava_video.spans import ENDS, FRAMES
+from pevlm_sglang.families.placeholder_processor import Medium, PlaceholderProcessor
+from pevlm_sglang.media.clips import whole
 
 
 class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
@@ -61,14 +62,27 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
     def video_tokens(self, frames: int) -> int:
         return self._layout.tokens(frames)
 
-    async def video(self, video: Any, settings: Any) -> Medium:
-        pixels, source = await self.sampled(video, settings, self._pixels)
-        tokens, data = self._layout.tokens(len(pixels)), {FRAMES: len(pixels)}
-        return Medium(Modality.VIDEO, pixels, tokens, data=data, source=source)
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
+        clips = await self.sampled(video, indices, self._pixels)
+        data = {FRAMES: len(indices)}
+        return Medium(Modality.VIDEO, clips, self._layout.tokens(len(indices)), data=data)
+
+    def cut(
+        self, medium: Medium, offsets: Sequence[tuple[int, int]], start: int, end: int
+    ) -> tuple[Mapping[str, Any], Sequence[tuple[int, int]]]:
+        """See the base. A video has one run of placeholders, and perhaps a newline behind it."""
+        if FRAMES not in medium.data:
+            return medium.data, offsets
+        ends = end == medium.data[FRAMES]
+        ((first, last),) = offsets
+        own = first + start * self._layout.tokens_per_frame
+        beyond = last + 1 if ends else first + end * self._layout.tokens_per_frame
+        return {FRAMES: end - start, ENDS: ends}, [(own, beyond - 1)]
 
     def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:
         if kind == "video":  # a frame: the reference resizes it, and does not pad it
-            return Medium(Modality.VIDEO, self._pixels(image)[None], self._layout.tokens(1))
+            frame = whole(self._pixels(image)[None])
+            return Medium(Modality.VIDEO, (frame,), self._layout.tokens(1))
         tiled = alone and kind == "image"  # anyres is for a picture on its own
         aspect = getattr(self.hf_config, "image_aspect_ratio", None) or "square"
         processor = self._processor.image_processor
@@ -82,7 +96,8 @@ class LlavaVideoProcessor(PlaceholderProcessor, LlavaImageProcessor):
         # The launcher has no features yet, and needs but their number.
         features = torch.empty(len(pixels), self._patches**2, 1, device="meta")
         tokens = len(lay_out_image(features, features[0, 0], self.hf_config, image.size))
-        return Medium(Modality.IMAGE, pixels, tokens, data={"image_size": list(image.size)})
+        data = {"image_size": list(image.size)}
+        return Medium(Modality.IMAGE, (whole(pixels),), tokens, data=data)
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         """``[3, height, width]`` in the numeric type that travels."""

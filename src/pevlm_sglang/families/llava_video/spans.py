@@ -15,14 +15,17 @@ from typing import Any
 
 from pevlm_sglang.errors import FrameSpanError
 from pevlm_sglang.families.llava_video.sizes import TokenLayout
-from pevlm_sglang.families.spans import equal_steps, image_ranges, item_ranges, runs
+from pevlm_sglang.families.spans import equal_steps, image_ranges, item_ranges, joined, runs
 from pevlm_sglang.layout import FrameSpans, Range
 
 __all__ = ["frames_per_step", "image_ranges", "video_spans"]
 
 FRAMES = "pevlm_frames"
-"""Of a video's item, beside its features: the number of its frames. An item that is one frame of a
+"""Of a clip's item, beside its features: the number of its frames. An item that is one frame of a
 list has none."""
+
+ENDS = "pevlm_ends"
+"""Of a clip's item: whether its video ends with it."""
 
 
 def frames_per_step(hf_config: Any) -> int:
@@ -41,7 +44,7 @@ def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[F
     Raises:
         FrameSpanError: offsets and number of frames of an item do not fit together.
     """
-    whole: list[FrameSpans] = []
+    clips: list[tuple[Any, Sequence[Range]]] = []
     listed: list[Range] = []
     for item in filter(lambda item: item.is_video(), inputs.mm_items):
         ranges = item_ranges(item)
@@ -50,5 +53,6 @@ def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[F
         elif len(ranges) != 1:
             raise FrameSpanError(f"video item: expected one offset, got {len(ranges)}")
         else:  # one token more where a newline follows the video
-            whole.append(FrameSpans(equal_steps(ranges[0], int(frames), more=1), frames_per_step))
+            clips.append((item, equal_steps(ranges[0], int(frames), more=1)))
+    whole = joined(clips, frames_per_step)
     return whole + runs(sorted(listed), whole)

@@ -15,8 +15,10 @@ from sglang.srt.managers.schedule_batch import Modality
 
 from pevlm_sglang.families.longvila.checkpoint import IMAGE_TOKEN, VIDEO_TOKEN
 from pevlm_sglang.families.longvila.sizes import LongVilaGeometry
-from pevlm_sglang.families.processor import Medium, PlaceholderProcessor
+from pevlm_sglang.families.placeholder_processor import Medium, PlaceholderProcessor
 from pevlm_sglang.families.tile_layout import cut
+from pevlm_sglang.media.cache import Clips
+from pevlm_sglang.media.clips import whole
 
 
 class LongVilaProcessor(PlaceholderProcessor):
@@ -41,9 +43,9 @@ class LongVilaProcessor(PlaceholderProcessor):
     def video_tokens(self, frames: int) -> int:
         return frames * self.geometry.tokens_per_frame
 
-    async def video(self, video: Any, settings: Any) -> Medium:
-        pixels, source = await self.sampled(video, settings, lambda frame: self._pixels([frame])[0])
-        return self._medium(Modality.VIDEO, pixels, source=source)
+    async def video(self, video: Any, indices: Sequence[int]) -> Medium:
+        clips = await self.sampled(video, indices, lambda frame: self._pixels([frame])[0])
+        return self._medium(Modality.VIDEO, clips)
 
     def image(self, image: Image.Image, kind: str, *, alone: bool) -> Medium:
         """See the base. The only picture of a prompt is cut in tiles, where the checkpoint was
@@ -51,11 +53,9 @@ class LongVilaProcessor(PlaceholderProcessor):
         tiled = alone and getattr(self.hf_config, "image_aspect_ratio", None) == "dynamic"
         pixels = self._pixels(self._tiles(image) if tiled else [image])
         # What the reference writes between tiles.
-        return self._medium(Modality.IMAGE, pixels, more="\n" if tiled else "")
+        return self._medium(Modality.IMAGE, (whole(pixels),), more="\n" if tiled else "")
 
-    def _medium(
-        self, kind: Modality, pixels: torch.Tensor, more: str = "", source: Any = None
-    ) -> Medium:
+    def _medium(self, kind: Modality, clips: Clips, more: str = "") -> Medium:
         before, after, more_ids = (
             self._tokenizer(text).input_ids if text else []
             for text in (*self.hf_config.frame_text(kind.name.lower()), more)
@@ -63,13 +63,12 @@ class LongVilaProcessor(PlaceholderProcessor):
         after = after + more_ids
         return Medium(
             kind,
-            pixels,
+            clips,
             self.geometry.tokens_per_frame,
-            runs=len(pixels),
+            runs=sum(len(clip.pixels) for clip in clips),
             before=before,
             after=after,
             data={"text_before": before, "text_after": after},
-            source=source,
         )
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:

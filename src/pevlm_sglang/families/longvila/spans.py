@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pevlm_sglang.errors import FrameSpanError
-from pevlm_sglang.families.spans import item_ranges
+from pevlm_sglang.families.spans import item_ranges, joined
 from pevlm_sglang.layout import FrameSpans, Range
 
 
@@ -23,7 +23,7 @@ def frames_per_step(hf_config: Any) -> int:
 def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
     """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
     videos = filter(lambda item: item.is_video(), inputs.mm_items)
-    return [FrameSpans(tuple(_frames(item, ids)), frames_per_step) for item in videos]
+    return joined(((item, _frames(item, ids)) for item in videos), frames_per_step)
 
 
 def image_ranges(inputs: Any) -> list[Range]:

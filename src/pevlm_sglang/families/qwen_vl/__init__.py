@@ -41,9 +41,9 @@ QWEN2_VL = Family(
         ),
     },
     processor="qwen_vl.processor:QwenVLProcessor",
-    install="qwen_vl.video_hash:install",
     needless="qwen_vl.processor:needless_corrections",
     install_in_scheduler="qwen_vl.tower:install",
+    gpu_pixels=True,
 )
 
 QWEN3_VL = dataclasses.replace(
@@ -57,6 +57,5 @@ QWEN3_VL = dataclasses.replace(
         "Qwen3VLForConditionalGeneration": VIDEO,
         "Qwen3VLMoeForConditionalGeneration": VIDEO,
     },
-    install=None,
     install_in_scheduler=None,
 )

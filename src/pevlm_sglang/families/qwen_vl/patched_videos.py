@@ -3,15 +3,23 @@ their tokens into the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.video_utils import VideoMetadata
 
-IDENTITIES = "pevlm_video_identities"
+from pevlm_sglang.families.spans import equal_steps, grid_rows, mark_continuing
+from pevlm_sglang.media.cache import Clips
+from pevlm_sglang.media.identity import identity
+
+NUMBERS = "pevlm_video_numbers"
+"""Of an item on its way: which of the prompt's videos it is of."""
+
 _PATCHED = "pevlm_patched_videos"
 
 
@@ -20,16 +28,14 @@ class PatchedVideos:
     """The videos of a prompt.
 
     Attributes:
-        patches: ``[patches, dim]``, one video after the other.
         grids: of each: steps, patches in a column, patches in a row.
         metadata: of each, as transformers takes it.
-        identities: of each, see :mod:`pevlm_sglang.media.identity`.
+        clips: of each; their pixels are patches ``[patches, dim]``.
     """
 
-    patches: torch.Tensor
     grids: Sequence[tuple[int, int, int]]
     metadata: Sequence[dict[str, Any]]
-    identities: Sequence[int]
+    clips: Sequence[Clips]
 
     def stand_ins(self) -> list[torch.Tensor]:
         """What goes through SGLang and transformers in place of each video's frames: as many of
@@ -64,9 +70,47 @@ class PatchedVideoProcessor:
             return self._upstream(videos, **kwargs)
         return BatchFeature(
             {
-                "pixel_values_videos": patched.patches,
+                "pixel_values_videos": torch.zeros(1, 1).expand(sum(map(prod, patched.grids)), 1),
                 "video_grid_thw": torch.tensor(patched.grids),
                 "video_metadata": [VideoMetadata(**one) for one in patched.metadata],
-                IDENTITIES: torch.tensor(patched.identities),
+                NUMBERS: torch.arange(len(patched.clips)),
             }
         )
+
+
+def clip_items(item: Any, videos: Sequence[Clips]) -> Iterator[Any]:
+    """An item a clip, in place of one of several videos.
+
+    Args:
+        item: SGLang's, with ``video_grid_thw`` and what else is said once a video; an offset a
+            video, or one a step where timestamps stand between them.
+        videos: that it is of.
+    """
+    rows, offsets = grid_rows(item), list(item.offsets)
+    data = item.model_specific_data
+    for number, (clips, (steps, height, width)) in enumerate(zip(videos, rows, strict=True)):
+        if len(item.offsets) == len(rows):
+            ranges = equal_steps((offsets[0][0], offsets[0][1] + 1), steps)
+            own, offsets = [(start, end - 1) for start, end in ranges], offsets[1:]
+        else:
+            own, offsets = offsets[:steps], offsets[steps:]
+        of_video = {name: value[number : number + 1] for name, value in data.items()}
+        start = 0
+        for clip in clips:
+            end = start + clip.steps
+            made = copy(item)
+            made.feature = clip.pixels
+            made.offsets = own[start:end]
+            if len(item.offsets) == len(rows):
+                made.offsets = [(own[start][0], own[end - 1][1])]
+            made.model_specific_data = {
+                **of_video,
+                "video_grid_thw": torch.tensor([[clip.steps, height, width]]),
+            }
+            said = {name: torch.as_tensor(value).tolist() for name, value in of_video.items()}
+            said["video_grid_thw"] = [clip.steps, height, width]  # not of all the video
+            made.hash = identity(clip.digest, clip.pixels.dtype, sorted(said.items()))
+            if start:
+                mark_continuing(made)
+            yield made
+            start = end

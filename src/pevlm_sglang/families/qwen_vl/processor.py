@@ -7,7 +7,9 @@ patches before SGLang's code sees it, which leaves such a video alone.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,16 +19,18 @@ from sglang.srt.multimodal.processors import qwen_vl as upstream
 from pevlm_sglang.families.processor import VideoProcessor
 from pevlm_sglang.families.qwen_vl import VIDEO
 from pevlm_sglang.families.qwen_vl.patched_videos import (
-    IDENTITIES,
+    NUMBERS,
     PatchedVideoProcessor,
     PatchedVideos,
+    clip_items,
     patched_videos,
 )
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry
 from pevlm_sglang.families.qwen_vl.timestamps import label_items
 from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
-from pevlm_sglang.families.qwen_vl.video import Patcher, empty_patches, normalization, sample
-from pevlm_sglang.media.identity import identity
+from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, clip_buffer, normalization, sample
+from pevlm_sglang.media import limits
+from pevlm_sglang.media.cache import Clips
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
@@ -42,7 +46,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
     ) -> None:
         processor.video_processor = PatchedVideoProcessor(processor.video_processor)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
-        self.ATTR_NAME_TO_MODALITY[IDENTITIES] = Modality.VIDEO
+        self.ATTR_NAME_TO_MODALITY[NUMBERS] = Modality.VIDEO
+        self._at_hand = threading.local()
         self._normalization = normalization(processor.video_processor)
         self._exact = self.config.video_resize == "float32"
 
@@ -67,37 +72,44 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         sources, wishes = self.wishes(video_data)
         with stage("fetch"):
             loaded = await super().load_mm_data(*args, video_data=sources or None, **kwargs)
-        if loaded.videos:
-            # SGLang drops videos without a placeholder, which come last.
-            videos = await self._patched(loaded.videos, wishes[: len(loaded.videos)])
-            loaded.videos = videos.stand_ins()
+        # SGLang drops videos without a placeholder, which come last.
+        videos = loaded.videos or []
+        planned = list(map(self._planned, videos, wishes))
+        frames = [len(one.indices) for one in planned]
+        limits.limits.check_pixels(zip(frames, videos, strict=True), loaded.images or ())
+        if videos:
+            loaded.videos = (await self._patched(videos, planned)).stand_ins()
         return loaded
 
-    async def _patched(self, videos: Sequence[Any], wishes: Sequence[Wishes]) -> PatchedVideos:
-        """Sample, resize and patchify the videos of a prompt."""
-        planned = []
-        for video, wish in zip(videos, wishes, strict=True):
-            wish = self.heeded(video, wish)
-            settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
-            planned.append(sample(video, self.geometry, settings))
+    def _planned(self, video: Any, wish: Wishes) -> Sampled:
+        wish = self.heeded(video, wish)
+        settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
+        return sample(video, self.geometry, settings, wish)
+
+    async def _patched(self, videos: Sequence[Any], planned: Sequence[Sampled]) -> PatchedVideos:
+        """Resize and patchify the sampled frames of a prompt's videos."""
         grids = [one.grid(self.geometry) for one in planned]
         merged = self.geometry.merge_size**2
         self.check_length(sum(prod(grid) // merged for grid in grids))
-        patches, *parts = empty_patches(grids, self.geometry, self._dtype)
-        digests = await all_of(
-            self.read(
-                video,
-                one.indices,
-                Patcher(part, one, self.geometry, self._normalization, exact=self._exact),
-                multiple=self.geometry.frames_per_step,
-            )
-            for video, one, part in zip(videos, planned, parts, strict=True)
+        clips = await all_of(
+            self.prepared(video, (*one.indices, one.size, self._exact), partial(self._read, one))
+            for video, one in zip(videos, planned, strict=True)
         )
-        identities = [
-            identity(digest, one.indices, one.metadata["fps"], one.size, self._exact, self._dtype)
-            for digest, one in zip(digests, planned, strict=True)
-        ]
-        return PatchedVideos(patches, grids, [one.metadata for one in planned], identities)
+        return PatchedVideos(grids, [one.metadata for one in planned], clips)
+
+    async def _read(self, sampled: Sampled, video: Any) -> Clips:
+        """The patches of an open video."""
+        device, room = self.pixel_device, self.cache.room
+        if device is not None:
+            room = partial(device.empty, otherwise=room)
+        make = partial(clip_buffer, sampled, self.geometry, self._dtype, self.clip_steps, room)
+        buffer = await self.reader.run(make)
+        work = Patcher(
+            buffer, sampled, self.geometry, self._normalization, exact=self._exact, device=device
+        )
+        per_step = self.geometry.frames_per_step
+        await self.reader.read(video, sampled.indices, work, multiple=per_step)
+        return buffer.clips()
 
     def process_and_combine_mm_data(
         self, base_output: Any, *args: Any, **kwargs: Any
@@ -106,19 +118,28 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
         video with timestamps on its item."""
         if patched_videos(base_output.videos) is not None:
             kwargs |= {"processor_video_config": {}, "video_metadata": None}
-        items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
+        self._at_hand.videos = patched_videos(base_output.videos)
+        try:
+            items, ids, output = super().process_and_combine_mm_data(base_output, *args, **kwargs)
+        finally:
+            del self._at_hand.videos  # its pixels
         if self.geometry.has_timestamps:
             label_items(items, ids.flatten().tolist(), self._tokenizer)
         return items, ids, output
 
     def _postprocess_mm_items_before_transport(self, items: list[Any], **kwargs: Any) -> list[Any]:
-        """Hash them here, in a thread of the launcher: SGLang does so in the scheduler's loop."""
-        items = super()._postprocess_mm_items_before_transport(items, **kwargs)
-        for item in items:
-            if (known := item.model_specific_data.pop(IDENTITIES, None)) is not None:
-                item.hash = identity(*known.tolist())
+        """An item a clip; and hash pictures here, in a thread of the launcher: SGLang does so in
+        the scheduler's loop."""
+        made = []
+        for item in super()._postprocess_mm_items_before_transport(items, **kwargs):
+            if (numbers := item.model_specific_data.pop(NUMBERS, None)) is None:
+                made.append(item)
+            else:
+                clips = self._at_hand.videos.clips
+                made += clip_items(item, [clips[number] for number in numbers.tolist()])
+        for item in made:
             item.set_pad_value()
-        return items
+        return made
 
 
 def needless_corrections(hf_config: Any) -> tuple[str, ...]:
@@ -129,7 +150,7 @@ def needless_corrections(hf_config: Any) -> tuple[str, ...]:
 def with_wishes(values: Mapping[str, Any], wish: Wishes) -> dict[str, Any]:
     """The server's video settings for one video. A rate takes the place of the server's
     ``nframes``, and ``max_frames`` bounds it too."""
-    mixed = {**values, **wish.given()}
+    mixed = {**values, **wish.numbers()}
     if wish.fps is not None:
         mixed.pop("nframes", None)
     elif wish.max_frames is not None and "nframes" in mixed:

@@ -50,7 +50,7 @@ class VideoSettings(Settings):
         resized_height, resized_width: of a sampled frame, in place of the bounds; both or none.
 
     Raises:
-        ValueError: see the base, and one of the last two without the other.
+        ValueError: see the base; one of the last two without the other; too few frames for a step.
     """
 
     fps: float = 2.0
@@ -67,6 +67,15 @@ class VideoSettings(Settings):
         super().__post_init__()
         if (self.resized_height is None) != (self.resized_width is None):
             raise ValueError("resized_height, resized_width: expected both or none")
+        most = {"max_frames": _multiple(self.max_frames, _FRAME_FACTOR, math.floor)}
+        if self.nframes is not None:
+            most["nframes"] = _multiple(self.nframes, _FRAME_FACTOR)
+        for name, frames in most.items():
+            if frames < _FRAME_FACTOR:
+                raise ValueError(
+                    f"{name}: expected at least {_FRAME_FACTOR} sampled frames, got "
+                    f"{getattr(self, name)}; this model sees {_FRAME_FACTOR} frames as one step"
+                )
 
 
 @dataclass(frozen=True)
@@ -145,15 +154,9 @@ class QwenGeometry(Geometry):
             bounded = min(max(wanted, least), settings.max_frames, total_frames)
             frames = _multiple(bounded, _FRAME_FACTOR, math.floor)
         if frames < _FRAME_FACTOR:
-            if total_frames < _FRAME_FACTOR:
-                raise ValueError(
-                    f"video: expected at least {_FRAME_FACTOR} frames, which this model sees as "
-                    f"one step, got {total_frames}; send a single frame as an image"
-                )
-            name = "max_frames" if settings.nframes is None else "nframes"
             raise ValueError(
-                f"{name}: expected at least {_FRAME_FACTOR} sampled frames, got "
-                f"{getattr(settings, name)}"
+                f"video: expected at least {_FRAME_FACTOR} frames, which this model sees as one "
+                f"step, got {total_frames}; send a single frame as an image"
             )
         if frames > total_frames:
             raise ValueError(

@@ -9,12 +9,18 @@ What a video becomes before that, sampled frames and their sizes, is said in ``s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pevlm_sglang.errors import FrameSpanError
-from pevlm_sglang.families.spans import equal_steps, grid_rows, image_ranges, item_ranges
-from pevlm_sglang.layout import FrameSpans
+from pevlm_sglang.families.spans import (
+    equal_steps,
+    grid_rows,
+    image_ranges,
+    item_ranges,
+    joined,
+)
+from pevlm_sglang.layout import FrameSpans, Range
 
 __all__ = ["frames_per_step", "image_ranges", "video_spans"]
 
@@ -26,7 +32,10 @@ def frames_per_step(hf_config: Any) -> int:
 
 def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[FrameSpans]:
     """See :class:`~pevlm_sglang.families.spans.SpanRules`."""
-    videos = []
+    return joined(_clips(inputs), frames_per_step)
+
+
+def _clips(inputs: Any) -> Iterator[tuple[Any, tuple[Range, ...]]]:
     for item in filter(lambda item: item.is_video(), inputs.mm_items):
         ranges, rows = item_ranges(item), grid_rows(item)
         if len(rows) != len(ranges):
@@ -35,5 +44,4 @@ def video_spans(inputs: Any, ids: Sequence[int], frames_per_step: int) -> list[F
                 f"got {len(ranges)}"
             )
         for span, (steps, _, _) in zip(ranges, rows, strict=True):
-            videos.append(FrameSpans(equal_steps(span, steps), frames_per_step))
-    return videos
+            yield item, equal_steps(span, steps)

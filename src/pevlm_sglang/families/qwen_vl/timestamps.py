@@ -10,9 +10,8 @@ Where no special token stands before the first timestamp, one token may hold bot
 user's text and the timestamp's ``<`` (``.<`` is a token of Qwen's). That token belongs to the text
 before the video.
 
-Several videos may share one item: row i of ``video_grid_thw`` says how many of the offsets are
-video i's. Source: sglang/srt/managers/mm_utils.py (``get_new_expanded_mm_items``) and
-``Qwen3VLProcessor`` of transformers.
+A clip has an item of its own. Source: sglang/srt/managers/mm_utils.py
+(``get_new_expanded_mm_items``) and ``Qwen3VLProcessor`` of transformers.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 from pevlm_sglang.families.qwen_vl.spans import frames_per_step
 from pevlm_sglang.families.spans import (
+    continues,
     grid_rows,
     image_ranges,
     item_ranges,
@@ -38,7 +38,9 @@ __all__ = ["frames_per_step", "image_ranges", "label_items", "video_spans"]
 
 _TIMESTAMP, _WHAT = r"<\d+\.\d seconds>", "a timestamp, '<0.2 seconds>' say,"
 
-video_spans = partial(labelled_videos, closing=1)  # <|vision_end|>
+CLOSING = 1  # <|vision_end|>
+
+video_spans = partial(labelled_videos, closing=CLOSING)
 
 
 def label_items(items: Iterable[Any], ids: Sequence[int], tokenizer: Any) -> None:
@@ -51,21 +53,29 @@ def label_items(items: Iterable[Any], ids: Sequence[int], tokenizer: Any) -> Non
     Raises:
         ValueError: offsets, grid and text of an item do not fit together (HTTP 400).
     """
+    videos: list[list[tuple[Any, list[Range]]]] = []
     for item in filter(lambda item: item.is_video(), items):
         ranges = item_ranges(item)
         steps = [row[0] for row in grid_rows(item)]
-        if min(steps, default=0) < 1 or sum(steps) != len(ranges):
+        if min(steps, default=0) < 1 or steps != [len(ranges)]:
             raise ValueError(
-                f"video item: expected one offset a step, for videos of {steps} steps in "
+                f"video item: expected one offset a step, for a video of {steps} steps in "
                 f"video_grid_thw, got {len(ranges)}"
             )
-        rest = iter(ranges)
-        videos = (list(islice(rest, count)) for count in steps)
-        leave_labels(item, [_label(video, ids, tokenizer) for video in videos])
+        if not continues(item):
+            videos.append([])
+        videos[-1].append((item, ranges))
+    for clips in videos:
+        label = _label([step for _, own in clips for step in own], ids, tokenizer)
+        end = None
+        for item, own in clips:
+            tokens = label if end is None else own[0][0] - 1 - (end + CLOSING)
+            leave_labels(item, [(len(own), tokens)])
+            end = own[-1][1]
 
 
-def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> tuple[int, int]:
-    """Steps of a video, and tokens of its first timestamp, from the ranges of its placeholders."""
+def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> int:
+    """Tokens of a video's first timestamp, from the ranges of its placeholders."""
     between = [i for (_, end), (start, _) in pairwise(steps) for i in ids[end + 1 : start - 1]]
     text = tokenizer.decode(between, skip_special_tokens=False)  # of all steps but the first
     if not re.fullmatch(f"(?:{_TIMESTAMP}){{{len(steps) - 1}}}", text):
@@ -73,4 +83,4 @@ def _label(steps: list[Range], ids: Sequence[int], tokenizer: Any) -> tuple[int,
             f"video of {len(steps)} steps: expected {_WHAT} between a step and the one before it, "
             f"got {text[:80]!r}"
         )
-    return len(steps), label_tokens(tokenizer, ids[: steps[0][0] - 1], _TIMESTAMP, _WHAT)
+    return label_tokens(tokenizer, ids[: steps[0][0] - 1], _TIMESTAMP, _WHAT)

@@ -6,7 +6,6 @@ that no other copy of the video exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from pevlm_sglang.families.qwen_vl.sizes import QwenGeometry, VideoSettings
+from pevlm_sglang.media import keyframes
+from pevlm_sglang.media.clips import ClipBuffer, Room
+from pevlm_sglang.media.fixed_point import bicubic, work_bytes
 from pevlm_sglang.media.frame_arrays import FrameArrays
+from pevlm_sglang.media.pixel_device import PixelDevice
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.video_file import length_and_rate
+from pevlm_sglang.media.wishes import Wishes
 
 _PIXELS_AT_ONCE = 1 << 22  # of a resize in fp32
 
@@ -44,11 +48,17 @@ class Sampled:
         return steps, height // geometry.patch_size, width // geometry.patch_size
 
 
-def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampled:
+def sample(
+    video: Any, geometry: QwenGeometry, settings: VideoSettings, wish: Wishes | None = None
+) -> Sampled:
     """What is sampled from SGLang's ``VideoDecoderWrapper``, or of frames in its place.
 
+    Args:
+        wish: of its request, whose numbers are in the settings already.
+
     Raises:
-        ValueError: a video with too few frames, or too long and narrow ones.
+        ValueError: a video with too few frames, or too long and narrow ones; or a wish for
+            keyframes that the decoder cannot meet.
 
     Source: ``_read_video_torchcodec`` and ``fetch_video`` of qwen-vl-utils.
     """
@@ -59,7 +69,10 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
         places = list(range(total))
     else:
         count = geometry.sampled_frames(total, fps, settings)
-        places = indices = torch.linspace(0, total - 1, count).round().long().tolist()
+        indices = torch.linspace(0, total - 1, count).round().long().tolist()
+        if wish is not None and wish.frames is not None:
+            indices = keyframes.in_place_of(video, indices)
+        places = indices  # of which Qwen3-VL's timestamps are made
     height, width = video.frame_shape
     size = geometry.resized(len(places), (width, height), settings)
     metadata = {
@@ -72,7 +85,9 @@ def sample(video: Any, geometry: QwenGeometry, settings: VideoSettings) -> Sampl
     return Sampled(indices, size, metadata)
 
 
-def resized(frames: torch.Tensor, size: tuple[int, int], *, exact: bool) -> torch.Tensor:
+def resized(
+    frames: torch.Tensor, size: tuple[int, int], *, exact: bool, anywhere: bool = False
+) -> torch.Tensor:
     """Frames ``[n, 3, height, width]`` uint8 after a bicubic resize with antialiasing.
 
     Args:
@@ -80,12 +95,16 @@ def resized(frames: torch.Tensor, size: tuple[int, int], *, exact: bool) -> torc
         size: width and height.
         exact: as qwen-vl-utils resizes, in fp32; or as transformers' video processors do, in
             PyTorch's kernel for uint8, which rounds between the passes and takes a twentieth of the
-            time. It is there on the CPU alone.
+            time.
+        anywhere: in place of that kernel, which is there on the CPU alone, its arithmetic on the
+            device of the frames.
     """
     frames, target = frames.permute(0, 3, 1, 2), [size[1], size[0]]
     if list(frames.shape[2:]) == target:
         return frames
-    if not exact and frames.device.type == "cpu":
+    if not exact and anywhere:
+        return bicubic(frames, size)
+    if not exact:
         return interpolate(frames, target, mode="bicubic", antialias=True)
     few = max(1, _PIXELS_AT_ONCE // (frames.shape[2] * frames.shape[3]))
     parts = [
@@ -99,42 +118,58 @@ class Patcher:
     """Writes slices of a video into the vision tower's input.
 
     Args:
-        out: ``[patches, 3 * frames_per_step * patch_size²]``, of this video.
+        out: of this video, a step ``[patches, 3 * frames_per_step * patch_size²]``.
         sampled: the video.
         normalization: see :func:`normalization`.
         exact: see :func:`resized`.
+        device: on which the work is done; None = the CPU.
     """
 
     def __init__(
         self,
-        out: torch.Tensor,
+        out: ClipBuffer,
         sampled: Sampled,
         geometry: QwenGeometry,
         normalization: tuple[torch.Tensor, torch.Tensor],
         *,
         exact: bool,
+        device: PixelDevice | None = None,
     ) -> None:
-        self._size, self._exact = sampled.size, exact
-        self._mean, self._std = normalization
-        steps, rows, columns = sampled.grid(geometry)
+        self._size, self._exact, self._device = sampled.size, exact, device
+        self._mean, self._std = (
+            one if device is None else one.to(device.device) for one in normalization
+        )
+        _, rows, columns = sampled.grid(geometry)
         merge, patch = geometry.merge_size, geometry.patch_size
         self._per_step = geometry.frames_per_step
         self._cut = (rows // merge, merge, patch, columns // merge, merge, patch)
-        self._steps = out.view(steps, rows * columns, -1)
+        self._out = out
 
     def __call__(self, start: int, frames: torch.Tensor) -> None:
         """See :data:`~pevlm_sglang.media.slices.Work`; ``start`` begins a step."""
+        if self._device is None:
+            self._part(start, frames)
+            return
+        height, width = frames.shape[1:3]
+        each = frame_bytes((width, height), self._size, exact=self._exact)
+        self._device.work(
+            frames, each, self._per_step, lambda at, part: self._part(start + at, part)
+        )
+
+    def _part(self, start: int, frames: torch.Tensor) -> None:
         with stage("resize"):
-            pixels = resized(frames, self._size, exact=self._exact)
+            pixels = resized(
+                frames, self._size, exact=self._exact, anywhere=self._device is not None
+            )
         with stage("process"):
             self._write(start, pixels)
 
     def _write(self, start: int, pixels: torch.Tensor) -> None:
         if missing := -len(pixels) % self._per_step:  # of a video's last step
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-        steps = self._steps[start // self._per_step :]
-        for patches, step in zip(steps, pixels.split(self._per_step), strict=False):
-            patches.copy_(self._patches(step))
+        for at, step in enumerate(pixels.split(self._per_step), start // self._per_step):
+            self._out.step(at).copy_(self._patches(step))
+            self._out.note(at, step)
 
     def _patches(self, step: torch.Tensor) -> torch.Tensor:
         """``[patches, dim]`` fp32 of a step's frames ``[n, 3, height, width]``, in the order of
@@ -147,6 +182,18 @@ class Patcher:
         values = values.view(*cut.shape[:5], -1)
         values.sub_(self._mean[:, None]).div_(self._std[:, None])
         return values.flatten(4).flatten(0, 3)
+
+
+def frame_bytes(before: tuple[int, int], after: tuple[int, int], *, exact: bool) -> int:
+    """Of memory that a frame and the work on it take on a device.
+
+    Args:
+        before, after: width and height.
+        exact: see :func:`resized`.
+    """
+    source, result = before[0] * before[1], after[0] * after[1]
+    work = 5 * source + 10 * result if exact else work_bytes(before, after)  # fp32 and its copy
+    return 3 * (source + work + 12 * result)  # patches in fp32, and before that in their order
 
 
 def normalization(video_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,11 +209,14 @@ def normalization(video_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return mean * scale, std * scale
 
 
-def empty_patches(
-    grids: Sequence[tuple[int, int, int]], geometry: QwenGeometry, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """The tower's input of several videos, and the part of it that is each one's."""
+def clip_buffer(
+    sampled: Sampled, geometry: QwenGeometry, dtype: torch.dtype, length: int, room: Room
+) -> ClipBuffer:
+    """For the vision tower's input of a video.
+
+    Args:
+        length, room: see :class:`~pevlm_sglang.media.clips.ClipBuffer`.
+    """
+    steps, rows, columns = sampled.grid(geometry)
     dim = 3 * geometry.frames_per_step * geometry.patch_size**2
-    lengths = [steps * rows * columns for steps, rows, columns in grids]
-    patches = torch.empty(sum(lengths), dim, dtype=dtype)
-    return [patches, *patches.split(lengths)]
+    return ClipBuffer(steps, (rows * columns, dim), dtype, length, room)
