@@ -6,6 +6,7 @@ patches before SGLang's code sees it, which leaves such a video alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from pevlm_sglang.families.qwen_vl.upstream_video import is_the_references
 from pevlm_sglang.families.qwen_vl.video import Patcher, Sampled, clip_buffer, normalization, sample
 from pevlm_sglang.media import limits
 from pevlm_sglang.media.cache import Clips
+from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.slices import all_of
 from pevlm_sglang.media.stages import stage
 from pevlm_sglang.media.wishes import Wishes
@@ -83,6 +85,8 @@ class QwenVLProcessor(VideoProcessor, upstream.QwenVLImageProcessor):
 
     def _planned(self, video: Any, wish: Wishes) -> Sampled:
         wish = self.heeded(video, wish)
+        if isinstance(video, FrameArrays):  # all of them; one is shown twice, to fill a step
+            wish = dataclasses.replace(wish, max_frames=None)
         settings = self.geometry.settings(with_wishes(self.settings.given(), wish))
         return sample(video, self.geometry, settings, wish)
 
