@@ -258,22 +258,33 @@ def test_what_is_made_otherwise_is_another_video(
     assert len(found) == 1 + len(changes)
 
 
-def test_a_file_that_changes_while_it_is_read(
-    process: Any, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "clip.mp4"
+@pytest.fixture
+def old_copy(process: Any, clip: Path, tmp_path: Path) -> Path:
+    """Of the clip, old enough to be known by what the file system says, on an empty cache."""
+    path = tmp_path / "old.mp4"
     path.write_bytes(clip.read_bytes())
-    process.func.sglang.cache.clear()
+    time.sleep(0.12)
+    process.func.sglang.clear_preprocess_cache()
+    return path
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_file_that_changes_while_it_is_read(
+    process: Any, old_copy: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    if known:
+        process([str(old_copy)])
+        process.func.sglang.cache.clear()  # known, and not prepared
     reader = process.func.sglang.reader
     upstream = reader.read
 
     async def read(*args: Any, **kwargs: Any) -> None:
         await upstream(*args, **kwargs)
-        path.write_bytes(b"another")
+        old_copy.write_bytes(b"another")
 
     monkeypatch.setattr(reader, "read", read)
     with pytest.raises(ValueError, match="expected a file that stays as it is"):
-        process([str(path)])
+        process([str(old_copy)])
 
 
 def sampled(process: Any, family: str, total: int, fps: float) -> list[int]:
@@ -325,16 +336,6 @@ def test_wish_for_frames_that_cannot_be_met(process: Any, clip: Path, frames: An
     for word in ("keyframe", "all", 3, True):
         with pytest.raises(ValueError, match="frames: expected 'keyframes', got"):
             process([{"url": str(clip), "frames": word}])
-
-
-@pytest.fixture
-def old_copy(process: Any, clip: Path, tmp_path: Path) -> Path:
-    """Of the clip, old enough to be known by what the file system says, on an empty cache."""
-    path = tmp_path / "old.mp4"
-    path.write_bytes(clip.read_bytes())
-    time.sleep(0.12)
-    process.func.sglang.clear_preprocess_cache()
-    return path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -45,6 +45,7 @@ def test_pixels_of_an_image(size: tuple[int, int], most: int) -> None:
     assert torch.equal(tiles, reference.load(picture, most))
 
 
+@example(150, 100, 2)  # as far from one tile as from two
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 12))
 def test_tile_layout(width: int, height: int, most: int) -> None:
     assert tile_layout(width, height, 448, most) == reference.tile_grid(width, height, most)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -437,7 +438,9 @@ def test_other_wishes_are_another_video_to_the_cache(
     processor = start("qwen2_5_vl", video=FEW)
 
     def hashed(**wish: Any) -> int:
-        [item] = processor(PROMPT, [{"url": str(clip(24, (112, 84))), **wish}]).mm_items
+        output = processor(PROMPT, [{"url": str(clip(24, (112, 84))), **wish}])
+        [item] = output.mm_items
+        assert len(pixels(output)) == prod(*grids(output))
         return int(item.hash)
 
     wishes: list[dict[str, Any]] = [{}, {"fps": 1}, {"max_frames": 2}, {"max_pixels": 4000}]
