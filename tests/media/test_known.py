@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from pevlm_sglang.media import limits
 from pevlm_sglang.media.identity import file_stamp, remember_stamp
 from pevlm_sglang.media.keyframes import keyframes
 from pevlm_sglang.media.known import KnownVideo, KnownVideos
@@ -77,6 +78,18 @@ def test_a_young_file_is_not_known(tmp_path: Path) -> None:
     path.write_bytes(b"content")
     known.remember("t", Video(str(path)), b"digest", None)
     assert known.find("t", str(path)) == str(path)
+
+
+def test_a_known_file_by_a_path_that_nobody_may_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, other = KnownVideos(), tmp_path / "elsewhere"
+    other.mkdir()
+    known.remember("t", Video(str(path)), b"digest", None)
+    allowed = limits.Limits(paths=(str(other),))
+    monkeypatch.setattr(limits, "limits", allowed)
+    with pytest.raises(ValueError, match=r"clip\.mp4"):
+        known.find("t", str(path))
 
 
 def test_what_is_no_file() -> None:

@@ -294,8 +294,11 @@ class _Stack:
         length: int,
         room: Room,
     ) -> None:
-        self.distinct = sorted(set(indices))
-        self._indices, self._pixels = indices, pixels
+        self._steps: dict[int, list[int]] = {}  # a frame may be sampled more than once
+        for step, index in enumerate(indices):
+            self._steps.setdefault(index, []).append(step)
+        self.distinct = sorted(self._steps)
+        self._pixels = pixels
         self._length, self._room = length, room
         self._lock = Lock()
         self._buffer: ClipBuffer | None = None
@@ -307,16 +310,19 @@ class _Stack:
                 made = self._pixels(Image.fromarray(frame))
                 rows = made if made.ndim == 4 else made[None]
             buffer = self._made(rows)
-            for step, index in enumerate(self._indices):
-                if index == self.distinct[at]:
-                    buffer.step(step).copy_(rows)
-                    buffer.note(step, rows)
+            for step in self._steps[self.distinct[at]]:
+                buffer.step(step).copy_(rows)
+                buffer.note(step, rows)
 
     def _made(self, rows: torch.Tensor) -> ClipBuffer:
         with self._lock:
             if self._buffer is None:
                 self._buffer = ClipBuffer(
-                    len(self._indices), tuple(rows.shape), rows.dtype, self._length, self._room
+                    sum(map(len, self._steps.values())),
+                    tuple(rows.shape),
+                    rows.dtype,
+                    self._length,
+                    self._room,
                 )
             return self._buffer
 

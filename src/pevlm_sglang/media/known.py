@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
+from pevlm_sglang.media import limits
 from pevlm_sglang.media.identity import file_stamp, stamp_of
 
 _MOST = 4096
@@ -60,10 +61,17 @@ class KnownVideos:
         self._facts: OrderedDict[Hashable, Facts] = OrderedDict()
 
     def find(self, tenant: Hashable, source: Any) -> Any:
-        """The source, or what is known of it; see :class:`KnownVideo`."""
+        """The source, or what is known of it; see :class:`KnownVideo`.
+
+        Raises:
+            ValueError: a path that requests may not name, though what it leads to is known.
+        """
         stamp = file_stamp(source)
         facts = self._facts.get((tenant, stamp))
-        return source if stamp is None or facts is None else KnownVideo(source, facts)
+        if stamp is None or facts is None:
+            return source
+        limits.limits.check_source(getattr(source, "url", source))
+        return KnownVideo(source, facts)
 
     def remember(
         self, tenant: Hashable, video: Any, digest: bytes, keys: Sequence[int] | None
