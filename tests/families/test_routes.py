@@ -5,6 +5,7 @@ The table in docs/serving.md says which. Batches are tested on servers.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import threading
@@ -26,7 +27,7 @@ from pevlm_sglang.families.frame_counts import FrameSettings
 from pevlm_sglang.families.internvl.sizes import InternVLGeometry
 from pevlm_sglang.media import limits, slices
 from support.families import internvl_model, internvl_upstream, llava_video_tiny, longvila
-from support.processor import Processor, sglang_processor
+from support.processor import Processor, sglang_processor, without_pinned_memory
 from support.tiny import make_tiny_model
 from support.video import video_data_url, write_video
 
@@ -381,6 +382,42 @@ def test_the_same_file_by_another_route(
     once = dict(counted)
     check_same(process([old_copy.read_bytes()]), first)
     assert counted == {"decoded": once["decoded"], "opened": once["opened"] + 1}
+
+
+def test_who_asks_for_a_download_and_hangs_up(
+    process: Any, clip: Path, http_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request that waits for the same video gets it: the first one's file stays for it."""
+    reader = process.func.sglang.reader
+    process.func.sglang.cache.clear()
+    expected = process([str(clip)])
+    process.func.sglang.cache.clear()
+    upstream = reader.read
+    reads: list[int] = []
+
+    async def two() -> Any:
+        go = asyncio.Event()
+
+        async def read(*args: Any, **kwargs: Any) -> None:
+            reads.append(1)
+            await go.wait()
+            await upstream(*args, **kwargs)
+
+        monkeypatch.setattr(reader, "read", read)
+        asking = [
+            asyncio.ensure_future(process.func.process(*process.args, [http_url])) for _ in range(2)
+        ]
+        while not reads:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # both have downloaded by then
+        asking[0].cancel()
+        await asyncio.wait(asking[:1])
+        go.set()
+        return await asking[1]
+
+    with without_pinned_memory():
+        check_same(asyncio.run(two()), expected)
+    assert len(reads) == 1
 
 
 def test_a_known_file_that_changes_before_it_is_read(

@@ -6,6 +6,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from threading import Lock
@@ -24,6 +25,7 @@ from pevlm_sglang.layout import whole_steps
 from pevlm_sglang.media import keyframes, pixel_device, told
 from pevlm_sglang.media.cache import Clips, MediaCache, tenant
 from pevlm_sglang.media.clips import ClipBuffer, Room
+from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.identity import check_unchanged, source_digest, stamp_of
 from pevlm_sglang.media.known import KnownVideo, KnownVideos
@@ -195,10 +197,12 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         """
 
         async def afresh() -> Clips:
-            opened = await self.reader.run(self._opened, video)
-            clips = await read(opened)
-            check_unchanged(opened)
-            return clips
+            source = getattr(video, "_source", None)
+            with source.reading() if isinstance(source, Downloaded) else nullcontext():
+                opened = await self.reader.run(self._opened, video)
+                clips = await read(opened)
+                check_unchanged(opened)
+                return clips
 
         if not self.cache.enabled:
             return await afresh()

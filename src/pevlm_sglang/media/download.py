@@ -48,7 +48,7 @@ def _on_the_server() -> Iterator[None]:
 class Downloaded(str):
     """Path of a downloaded file. The file has no name, so that nothing is left of it, however this
     process ends: it goes with the last reference to this object, which decoders have, and at the
-    latest with its request.
+    latest with its request, unless others wait for what is read from it.
 
     Attributes:
         size: bytes.
@@ -57,12 +57,15 @@ class Downloaded(str):
     size: int
     _file: Any
     _hash: Any
+    _readers: int
+    _ended: bool
 
     def __new__(cls) -> Self:
         with _on_the_server():
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by __del__)
         made = super().__new__(cls, f"/proc/self/fd/{file.fileno()}")
         made._file, made._hash, made.size = file, hashlib.sha256(), 0
+        made._readers, made._ended = 0, False
         return made
 
     def write(self, piece: bytes) -> None:
@@ -90,11 +93,25 @@ class Downloaded(str):
         with open(self, "rb") as file:
             return file.read()
 
-    def close(self) -> None:
-        """Give its space back."""
-        self._file.close()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """It stays for the block, also beyond its request; used on the loop of that."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if self._ended:
+                self.close()
 
-    __del__ = close
+    def close(self) -> None:
+        """Its request ended: give its space back."""
+        self._ended = True
+        if not self._readers:
+            self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
 
 
 async def fetched(images: Any, videos: Any) -> tuple[Any, Any]:
