@@ -97,13 +97,12 @@ def test_a_graph_that_is_captured_is_not_timed(
 ) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    class Timer:
-        def measure(self, device: Any) -> Any:
-            timers.append(device)
-            return contextlib.nullcontext()
+    def timer(running: Any, device: Any) -> Any:
+        timers.append(device)
+        return contextlib.nullcontext()
 
     timers: list[Any] = []
-    monkeypatch.setattr(stopwatch, "_attention", Timer())
+    monkeypatch.setattr(stopwatch, "_timed", timer)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     batch = SimpleNamespace(forward_mode=ForwardMode[mode])
     q = SimpleNamespace(device=SimpleNamespace(type="cuda"))

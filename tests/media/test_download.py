@@ -275,7 +275,8 @@ def test_a_name_server_that_changes_its_mind(monkeypatch: pytest.MonkeyPatch) ->
                 await download(f"{url}/clip")
             assert not seen.asked
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # uvloop asks by itself
+        runner.run(run())
     assert not answers
 
 

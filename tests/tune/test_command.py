@@ -170,7 +170,11 @@ def test_interrupted(
 ) -> None:
     """A real SIGINT, in a process of its own."""
     server.delays |= dict.fromkeys(SETTINGS, 0.1)
-    code = "import sys; from pevlm_sglang.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import signal, sys; from pevlm_sglang.tools.cli import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job ignores it
+        "sys.exit(main(sys.argv[1:]))"
+    )
     command = ["tune", str(questions), "--latency", "10", "--url", server.url, *SIZES]
     command += ["--output", str(tmp_path / "out")]
     process = subprocess.Popen(
