@@ -192,8 +192,6 @@ def _around_resolve_once(resolve_once: Any, server_args: Any) -> None:
     if not resolved_before:
         _check_resolved(server_args, config)
     _Process.family = registry.family_of(server_args._pevlm_architectures)
-    if (install := _Process.family.load("install")) is not None:
-        install()
 
 
 def _check_resolved(server_args: Any, config: PevlmConfig) -> None:

@@ -20,6 +20,7 @@ import pytest
 import requests
 
 from support import loops
+from support.broken_masks import plugin_path
 from support.server import Server
 from support.video import write_video
 
@@ -38,7 +39,7 @@ alone; the test prints times by the wall, in which decoders share the cores with
 def server(
     model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    path = (str(loops.install(tmp_path_factory.mktemp("plugin"))), os.environ.get("PYTHONPATH"))
+    path = (plugin_path(tmp_path_factory.mktemp("plugin"), "loops"), os.environ.get("PYTHONPATH"))
     env = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     sampling = ("--mm-process-config", json.dumps({"video": {"nframes": FRAMES}}))
     memory = ("--max-total-tokens", "60000", "--enable-cache-report")

@@ -1,9 +1,7 @@
 """A plugin of SGLang for tests' own servers: how long each of a server's two loops is kept from its
 work, in seconds of the processor, which do not grow when others use the machine.
 
-``install`` writes the entry point that SGLang looks for into a folder, for the PYTHONPATH of a
-server. ``/server_info`` then has the longest since it was last asked, under
-``internal_states[0]["loops"]``:
+``/server_info`` has the longest since it was last asked, under ``internal_states[0]["loops"]``:
 
 - ``launcher``: between two turns of its event loop, on which the tokens of all streams go out.
 - ``scheduler``: between two forwards, of which one more is a token more of each request. The vision
@@ -13,30 +11,13 @@ server. ``/server_info`` then has the longest since it was last asked, under
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 KEY = "loops"
-MODULE = "pevlm_loops"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-
-
-def install(folder: Path) -> Path:
-    """Write this file and its entry point.
-
-    Returns:
-        ``folder``, for PYTHONPATH.
-    """
-    info = folder / f"{MODULE}-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(__file__, folder / f"{MODULE}.py")
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{MODULE} = {MODULE}:register\n")
-    return folder
 
 
 class _Watch:

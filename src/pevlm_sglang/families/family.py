@@ -27,7 +27,6 @@ class Family:
         model: the class in place of SGLang's model, or where SGLang has none.
         read_checkpoint: called in every process of the server before a configuration is read.
         load_processor: in place of SGLang's ``get_processor``, which it is given.
-        install: called in every process of the server once the model is known.
         needless: called with the model's configuration: of its corrections, those that this release
             of SGLang makes needless, and that step aside.
         install_in_scheduler: called with the architecture before the model runs.
@@ -45,7 +44,6 @@ class Family:
     model: str | None = None
     read_checkpoint: str | None = None
     load_processor: str | None = None
-    install: str | None = None
     install_in_scheduler: str | None = None
     needless: str | None = None
     chat_template: str | None = None

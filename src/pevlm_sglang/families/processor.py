@@ -27,7 +27,7 @@ from pevlm_sglang.media.cache import Clips, MediaCache, tenant
 from pevlm_sglang.media.clips import ClipBuffer, Room
 from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
-from pevlm_sglang.media.identity import check_unchanged, source_digest, stamp_of
+from pevlm_sglang.media.identity import CHANGED, check_unchanged, source_digest, stamp_of
 from pevlm_sglang.media.known import KnownVideo, KnownVideos
 from pevlm_sglang.media.slices import Reader
 from pevlm_sglang.media.sources import SafeSources, check_processed
@@ -226,9 +226,7 @@ class VideoProcessor(SafeSources, BaseMultimodalProcessor):
         with stage("fetch"):
             opened = self._load_single_item(video.source, Modality.VIDEO)
         if stamp_of(opened) != video.facts.stamp:
-            raise ValueError(
-                "video: expected a file that stays as it is, but it changed while read"
-            )
+            raise ValueError(CHANGED)
         return opened
 
     def indices(self, video: Any, settings: Any, wish: Wishes) -> list[int]:

@@ -11,6 +11,8 @@ from pevlm_sglang.media.download import Downloaded
 from pevlm_sglang.media.frame_arrays import FrameArrays
 from pevlm_sglang.media.stages import stage
 
+CHANGED = "video: expected a file that stays as it is, but it changed while read"
+
 _STAMP = "_pevlm_stamp"
 
 
@@ -49,7 +51,7 @@ def check_unchanged(video: Any) -> None:
         return
     now = file_stamp(video._source)
     if now is None or now[:-1] != before[:-1]:  # a new link to it changes the last, and no frame
-        raise ValueError("video: expected a file that stays as it is, but it changed while read")
+        raise ValueError(CHANGED)
 
 
 def source_digest(video: Any) -> bytes | None:

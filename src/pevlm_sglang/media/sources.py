@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -128,34 +128,29 @@ def check_holds_frames(path: str) -> None:
         )
 
 
+def _downloading(name: str) -> Callable[..., Any]:
+    """SGLang's loader of this name, with what is on the web downloaded before."""
+
+    async def load(
+        self: Any,
+        prompt: Any,
+        multimodal_tokens: Any,
+        image_data: Any = None,
+        video_data: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        image_data, video_data = await fetched(image_data, video_data)
+        upstream = getattr(super(SafeSources, self), name)
+        return await upstream(prompt, multimodal_tokens, image_data, video_data, **kwargs)
+
+    return load
+
+
 class SafeSources:
     """Of a processor, before SGLang's ``BaseMultimodalProcessor``."""
 
-    async def fast_load_mm_data(
-        self,
-        prompt: Any,
-        multimodal_tokens: Any,
-        image_data: Any = None,
-        video_data: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        image_data, video_data = await fetched(image_data, video_data)
-        return await super().fast_load_mm_data(  # type: ignore[misc]
-            prompt, multimodal_tokens, image_data, video_data, **kwargs
-        )
-
-    async def legacy_load_mm_data(
-        self,
-        prompt: Any,
-        multimodal_tokens: Any,
-        image_data: Any = None,
-        video_data: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        image_data, video_data = await fetched(image_data, video_data)
-        return await super().legacy_load_mm_data(  # type: ignore[misc]
-            prompt, multimodal_tokens, image_data, video_data, **kwargs
-        )
+    fast_load_mm_data = _downloading("fast_load_mm_data")
+    legacy_load_mm_data = _downloading("legacy_load_mm_data")
 
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
